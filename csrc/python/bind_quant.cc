@@ -1,0 +1,7 @@
+#include "python/bind.h"
+
+namespace kvstore {
+
+void BindQuant(pybind11::module_ &) {}
+
+}  // namespace kvstore

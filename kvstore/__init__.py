@@ -1,0 +1,1 @@
+"""A tiered KV-cache store for LLM inference."""

@@ -1,0 +1,6 @@
+# --- hash
+# --- copy
+# --- quant
+# --- io
+# --- policy
+# --- core
