@@ -1,5 +1,5 @@
 // The last blocks that left: a bounded first-in-first-out memory of 64-bit keys, each with a small
-// number. All memory is taken at construction: 15 bytes a key.
+// value. All memory is taken at construction: 13 bytes a key and the value.
 //
 // Keys are parts of cryptographic hashes, so they are used as hash values as they are. Two blocks
 // with one key only cost a wrong guess about one of them.
@@ -16,6 +16,7 @@
 
 namespace kvstore {
 
+template <class Value>
 class GhostQueue {
 public:
     // Remembers the last `capacity` keys pushed. REQUIRES: 0 < capacity < 2^31.
@@ -23,7 +24,7 @@ public:
         : keys_(capacity), values_(capacity), index_(capacity + capacity / 4 + 1, kEmpty) {}
 
     // Remembers the key as the latest; the oldest is forgotten when there is no room.
-    void Push(std::uint64_t key, std::uint16_t value) {
+    void Push(std::uint64_t key, Value value) {
         Take(key);
         // A key that came back keeps its place in the ring until the ring comes round to it, so
         // whether a key is remembered depends only on how many have left since.
@@ -37,11 +38,11 @@ public:
         head_ = head_ + 1 == keys_.size() ? 0 : head_ + 1;
     }
 
-    // Forgets the key; returns its value, or `missing` when it was not remembered.
-    std::uint16_t Take(std::uint64_t key, std::uint16_t missing = 0) {
+    // Forgets the key; returns its value, or Value{} when it was not remembered.
+    Value Take(std::uint64_t key) {
         const std::size_t at = Find(key);
-        if (at == kNowhere) return missing;
-        const std::uint16_t value = values_[index_[at]];
+        if (at == kNowhere) return Value{};
+        const Value value = values_[index_[at]];
         EraseAt(at);
         return value;
     }
@@ -78,7 +79,7 @@ private:
     }
 
     std::vector<std::uint64_t> keys_;
-    std::vector<std::uint16_t> values_;
+    std::vector<Value> values_;
     std::vector<std::uint32_t> index_;
     std::uint32_t head_ = 0;
 };

@@ -37,7 +37,7 @@ private:
 
     void Enter(SlotId slot, std::uint64_t key) {
         node(slot).key = key;
-        node(slot).uses = static_cast<std::uint8_t>(ghosts_.Take(key));
+        node(slot).uses = ghosts_.Take(key);
         Return(slot);
     }
 
@@ -84,7 +84,7 @@ private:
     SlotList<LfuNode> buckets_[kBuckets];
     std::uint64_t occupied_[kWords] = {};  // a bit for each bucket that is not empty
     std::uint32_t age_ = 0;                // modulo kBuckets
-    GhostQueue ghosts_;
+    GhostQueue<std::uint8_t> ghosts_;
 };
 
 const RegisterPolicy lfu("lfu", [](SlotId num_slots) -> std::unique_ptr<EvictionPolicy> {

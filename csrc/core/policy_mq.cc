@@ -5,9 +5,18 @@
 // queue that is not empty. A block that was not used for a lifetime, counted in uses of any block,
 // moves one queue down; a block that comes back while it is remembered keeps its number of uses.
 //
-// Differences from the paper. It looks for expired blocks at every use; we look when a block
-// enters and when one is to leave, one block a queue each time, so a hit costs no more than in
-// LRU; victims leave at most that fast. Times are 32 bits and compared modulo 2^32.
+// The lifetime matters, and no constant fits: uses are counted in blocks, and a block is 16 tokens
+// for one engine and 512 for another; a multiple of the capacity fits small or large caches only.
+// So, as the paper proposes, it follows the time between two uses of a block, which is seen
+// for resident and remembered blocks: here its 60th percentile, by stochastic approximation.
+// bench/eviction.py measures what that gives.
+//
+// Other differences from the paper. It looks for expired blocks at every use; we look when a block
+// enters and when one is to leave, one block a queue each time, so a hit costs hardly more than in
+// LRU, while blocks still move down at least as fast as victims leave. Times are 32 bits wide and
+// compared modulo 2^32.
+//
+// Memory: 24 bytes a slot and 21 for each of the four remembered blocks a slot.
 #include <algorithm>
 #include <bit>
 
@@ -18,27 +27,41 @@ namespace kvstore {
 namespace {
 
 constexpr std::uint32_t kQueues = 8;
-constexpr std::uint16_t kMostUses = UINT16_MAX;
+constexpr std::uint32_t kMostUses = 255;  // the last queue begins at 128
 constexpr std::size_t kGhostsPerSlot = 4;
+
+// A use that comes later than the lifetime raises it by 0.12%, one that comes sooner lowers it by
+// 0.08%: at rest four in ten come later. A thousand uses change it by a factor of two or three.
+constexpr double kLonger = 1.0012;
+constexpr double kShorter = 0.9992;
+constexpr double kLongestLifetime = 1 << 30;  // well below 2^32, where ages wrap
 
 struct MqNode : ParkingNode {
     std::uint8_t queue;
-    std::uint16_t uses;
-    std::uint32_t expires;
+    std::uint8_t uses;
+    std::uint32_t used;  // when it was last used
     std::uint64_t key;
+};
+
+struct MqGhost {
+    std::uint32_t used;
+    std::uint8_t uses;
 };
 
 class MqPolicy final : public ParkingPolicy<MqPolicy, MqNode> {
 public:
-    MqPolicy(SlotId num_slots, std::uint32_t lifetime, std::size_t num_ghosts)
-        : ParkingPolicy(num_slots), lifetime_(lifetime), ghosts_(num_ghosts) {}
+    explicit MqPolicy(SlotId num_slots)
+        : ParkingPolicy(num_slots), lifetime_(num_slots), ghosts_(kGhostsPerSlot * num_slots) {}
 
 private:
     friend ParkingPolicy;
 
     void Enter(SlotId slot, std::uint64_t key) {
-        node(slot).key = key;
-        node(slot).uses = ghosts_.Take(key);
+        const MqGhost ghost = ghosts_.Take(key);
+        MqNode &n = node(slot);
+        n.key = key;
+        n.uses = ghost.uses;
+        n.used = ghost.used;
         Return(slot);
         Expire();
     }
@@ -50,10 +73,14 @@ private:
 
     void Return(SlotId slot) {
         MqNode &n = node(slot);
-        if (n.uses < kMostUses) ++n.uses;
         ++now_;
-        const auto log2 = static_cast<std::uint32_t>(std::bit_width(n.uses)) - 1;
-        Link(slot, std::min(log2, kQueues - 1));
+        if (n.uses > 0) {
+            lifetime_ *= now_ - n.used > lifetime_ ? kLonger : kShorter;
+            lifetime_ = std::clamp(lifetime_, 1.0, kLongestLifetime);
+        }
+        n.uses = static_cast<std::uint8_t>(std::min(n.uses + 1u, kMostUses));
+        n.used = now_;
+        Link(slot, TopQueue(n));
     }
 
     void Unlink(SlotId slot) { queues_[node(slot).queue].Erase(nodes(), slot); }
@@ -66,33 +93,39 @@ private:
         return kNoSlot;
     }
 
-    void Evicted(SlotId slot) { ghosts_.Push(node(slot).key, node(slot).uses); }
+    void Evicted(SlotId slot) {
+        ghosts_.Push(node(slot).key, {.used = node(slot).used, .uses = node(slot).uses});
+    }
 
     void Link(SlotId slot, std::uint32_t queue) {
         node(slot).queue = static_cast<std::uint8_t>(queue);
-        node(slot).expires = now_ + lifetime_;
         queues_[queue].PushNewest(nodes(), slot);
     }
 
     void Expire() {
         for (std::uint32_t queue = 1; queue < kQueues; ++queue) {
             const SlotId slot = queues_[queue].oldest();
-            if (slot == kNoSlot || static_cast<std::int32_t>(node(slot).expires - now_) >= 0) {
-                continue;
+            if (slot == kNoSlot) continue;
+            const std::uint32_t lifetimes = TopQueue(node(slot)) - queue + 1;
+            if (now_ - node(slot).used > lifetimes * lifetime_) {
+                queues_[queue].Erase(nodes(), slot);
+                Link(slot, queue - 1);
             }
-            queues_[queue].Erase(nodes(), slot);
-            Link(slot, queue - 1);
         }
     }
 
-    const std::uint32_t lifetime_;
-    std::uint32_t now_ = 0;
+    static std::uint32_t TopQueue(const MqNode &n) {
+        return static_cast<std::uint32_t>(std::bit_width(n.uses)) - 1;
+    }
+
+    std::uint32_t now_ = 0;  // uses of any block so far
+    double lifetime_;
     SlotList<MqNode> queues_[kQueues];
-    GhostQueue ghosts_;
+    GhostQueue<MqGhost> ghosts_;
 };
 
 const RegisterPolicy mq("mq", [](SlotId num_slots) -> std::unique_ptr<EvictionPolicy> {
-    return std::make_unique<MqPolicy>(num_slots, 10'000, kGhostsPerSlot * num_slots);
+    return std::make_unique<MqPolicy>(num_slots);
 });
 
 }  // namespace

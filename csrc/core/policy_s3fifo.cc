@@ -78,7 +78,7 @@ private:
     const std::size_t small_target_;
     SlotList<S3FifoNode> small_;
     SlotList<S3FifoNode> main_;
-    GhostQueue ghosts_;
+    GhostQueue<std::uint8_t> ghosts_;
 };
 
 const RegisterPolicy s3fifo("s3fifo", [](SlotId num_slots) -> std::unique_ptr<EvictionPolicy> {
