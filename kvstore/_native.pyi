@@ -1,7 +1,8 @@
-from typing_extensions import Buffer
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import Buffer
 
 # --- hash
 # --- copy
@@ -33,7 +34,7 @@ class CopyPlan:
     def runs(self) -> npt.NDArray[np.int64]:
         """The merged runs, in payload order."""
 
-def xxh3(data: Buffer) -> int:
+def xxh3(data: Buffer | npt.NDArray[Any]) -> int:
     """XXH3-64 of a contiguous buffer."""
 
 def checksum(addr: int, bytes: int) -> int: ...
