@@ -1,0 +1,248 @@
+"""The SSD tier's index: (namespace, hash) -> where the block lies, in LMDB.
+
+LMDB stays in its synchronous mode: with sync=False a power loss leaves an environment that crashes
+its reader. LMDB has no checksums and its C code trusts the file, so an existing environment is
+first walked by a short-lived child process, records carry checksums of their own, and an
+environment that fails either test is set aside (never deleted) and rebuilt from the segments.
+
+Thread safety: all methods may be called from any thread; `_lock` serializes them, because growing
+the map requires that no transaction is open.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from itertools import chain, islice
+from pathlib import Path
+
+import lmdb
+import numpy as np
+
+from kvstore import _native
+from kvstore.tiers.ssd_format import (
+    KEY_BYTES,
+    RECORD,
+    Structs,
+    sound_records,
+    sync_directory,
+)
+
+SCAN_RECORDS = 1 << 16  # records of one scan step: 7.6 MB, and the longest a scan holds the lock
+_KEY = np.dtype([("namespace", ">u4"), ("hash", "u1", 32)])
+_VALUE_BYTES = RECORD.itemsize - KEY_BYTES
+_MAP_BYTES_MIN = 16 << 20
+_PROBE_SECONDS_MIN = 20.0
+_PROBE_BYTES_PER_SECOND = 20e6  # a cold slow disk; a walk that takes longer is taken for a loop
+
+# Walks every page that a reader or the next writer would use. The aborted transaction makes LMDB
+# read its free list.
+_PROBE = """
+import sys
+sys.path[:0] = [sys.argv[1]]
+import lmdb
+env = lmdb.open(sys.argv[2], max_dbs=4, lock=False, map_size=int(sys.argv[3]))
+with env.begin() as txn:
+    names = [bytes(name) for name, _ in txn.cursor()]
+for name in names:
+    db = env.open_db(name, create=False)
+    with env.begin(db=db) as txn:
+        n = 0
+        for key, value in txn.cursor().iternext(keys=True, values=True):
+            n += 1
+        if n != txn.stat(db)["entries"]:
+            sys.exit(3)
+        for key in txn.cursor().iterprev(keys=True, values=False):
+            n -= 1
+        if n:
+            sys.exit(4)
+with env.begin(write=True) as txn:
+    db = env.open_db(b"meta", txn=txn)
+    for i in range(64):
+        txn.put(b"probe%d" % i, bytes(1024), db=db)
+    txn.abort()
+sys.exit(0 if set(names) >= {b"blocks", b"meta", b"namespaces"} else 5)
+"""
+
+
+def is_sound(path: Path, map_bytes: int) -> bool:
+    """Whether a child process could walk the whole environment without an error or a crash."""
+    data = path / "data.mdb"
+    size = data.stat().st_size if data.is_file() else 0
+    if size == 0:
+        return False
+    command = [sys.executable, "-I", "-S", "-c", _PROBE]
+    command += [str(Path(lmdb.__file__).parent.parent), str(path), str(max(map_bytes, size))]
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=_PROBE_SECONDS_MIN + size / _PROBE_BYTES_PER_SECOND,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0
+
+
+def set_aside(path: Path) -> Path:
+    """Renames a damaged environment out of the way; it is never deleted."""
+    number = 1
+    while (target := path.with_name(f"{path.name}.damaged-{number}")).exists():
+        number += 1
+    os.rename(path, target)
+    sync_directory(path.parent)
+    return target
+
+
+def create(path: Path, map_bytes: int, rows: Structs, namespaces: dict[int, bytes]) -> None:
+    """Builds an environment beside `path` and renames it into place once it is on disk."""
+    temporary = path.with_name(path.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    index = SsdIndex(temporary, max(map_bytes, 4 * rows.nbytes))
+    try:
+        index.put_namespaces(namespaces)
+        index.commit(rows, [], {})
+    finally:
+        index.close()
+    (temporary / "lock.mdb").unlink(missing_ok=True)
+    sync_directory(temporary)
+    os.rename(temporary, path)
+    sync_directory(path.parent)
+
+
+class SsdIndex:
+    def __init__(self, path: Path, map_bytes: int) -> None:
+        """Opens an environment that is_sound() has seen. The caller holds the directory's lock."""
+        # Ours alone, and rebuilt by LMDB: one less file whose damage matters.
+        (path / "lock.mdb").unlink(missing_ok=True)
+        self._lock = threading.Lock()
+        self._env = lmdb.open(
+            str(path),
+            map_size=max(map_bytes, _MAP_BYTES_MIN),
+            max_dbs=4,
+            sync=True,
+            metasync=True,
+            writemap=False,
+            readahead=False,
+        )
+        self._blocks = self._env.open_db(b"blocks")
+        self._meta = self._env.open_db(b"meta")
+        self._namespaces = self._env.open_db(b"namespaces")
+
+    def close(self) -> None:
+        with self._lock:
+            self._env.close()
+
+    def meta(self, name: str) -> int:
+        """A number that was committed under this name, or 0."""
+        with self._lock, self._env.begin(db=self._meta) as txn:
+            value = txn.get(name.encode())
+        if value is None or value[8:] != _checksum_bytes(name.encode() + value[:8]):
+            return 0
+        return int.from_bytes(value[:8], "little")
+
+    def namespaces(self) -> dict[int, bytes]:
+        found = {}
+        with self._lock, self._env.begin(db=self._namespaces) as txn:
+            for key, value in txn.cursor():
+                body, checksum = bytes(value[8:]), bytes(value[:8])
+                if len(key) == 4 and checksum == _checksum_bytes(bytes(key) + body):
+                    found[int.from_bytes(key, "big")] = body
+        return found
+
+    def put_namespaces(self, namespaces: dict[int, bytes]) -> None:
+        items = []
+        for number, body in namespaces.items():
+            key = number.to_bytes(4, "big")
+            items.append((key, _checksum_bytes(key + body) + body))
+        self._transact(lambda txn: txn.cursor(db=self._namespaces).putmulti(items))
+
+    def scan(self) -> Iterator[tuple[Structs, int]]:
+        """Batches of (sound records, number of bad ones), in key order.
+
+        A commit between two batches may or may not be seen.
+        """
+        last = b""
+        while True:
+            with self._lock, self._env.begin(db=self._blocks, buffers=True) as txn:
+                cursor = txn.cursor()
+                if not cursor.set_range(last + b"\0"):
+                    return
+                pairs = list(islice(cursor.iternext(keys=True, values=True), SCAN_RECORDS))
+                first, previous, last = bytes(pairs[0][0]), last, bytes(pairs[-1][0])
+                joined = b"".join(chain.from_iterable(pairs))
+                bad = 0
+                if len(joined) != len(pairs) * RECORD.itemsize:
+                    sized = [
+                        p for p in pairs if (len(p[0]), len(p[1])) == (KEY_BYTES, _VALUE_BYTES)
+                    ]
+                    bad = len(pairs) - len(sized)
+                    joined = b"".join(chain.from_iterable(sized))
+                count = len(pairs)
+                del pairs  # views of pages that belong to this transaction
+            if first <= previous:  # keys out of order: going on could turn in circles
+                yield np.empty(0, RECORD), 1
+                return
+            rows = np.frombuffer(joined, RECORD)
+            good = sound_records(rows)
+            yield rows[good], bad + int(len(rows) - good.sum())
+            if count < SCAN_RECORDS:
+                return
+
+    def find(self, keys: list[bytes]) -> Structs:
+        """The sound records among `keys`, in no particular order."""
+        with self._lock, self._env.begin(db=self._blocks) as txn:
+            pairs = txn.cursor().getmulti(keys)
+        pairs = [p for p in pairs if (len(p[0]), len(p[1])) == (KEY_BYTES, _VALUE_BYTES)]
+        rows = np.frombuffer(b"".join(chain.from_iterable(pairs)), RECORD)
+        return rows[sound_records(rows)]
+
+    def commit(self, rows: Structs, deletes: list[bytes], meta: dict[str, int]) -> None:
+        """One synchronous transaction; it is on disk when this returns. Raises lmdb.Error."""
+        raw = rows.tobytes()
+        items = [
+            (raw[at : at + KEY_BYTES], raw[at + KEY_BYTES : at + RECORD.itemsize])
+            for at in range(0, len(raw), RECORD.itemsize)
+        ]
+
+        def change(txn: lmdb.Transaction) -> None:
+            for key in deletes:
+                txn.delete(key, db=self._blocks)
+            txn.cursor(db=self._blocks).putmulti(items)
+            for name, number in meta.items():
+                value = number.to_bytes(8, "little")
+                checksum = _checksum_bytes(name.encode() + value)
+                txn.put(name.encode(), value + checksum, db=self._meta)
+
+        self._transact(change)
+
+    def used_bytes(self) -> int:
+        """Bytes of the environment's file."""
+        with self._lock:
+            return int(self._env.info()["last_pgno"] + 1) * int(self._env.stat()["psize"])
+
+    def _transact(self, change: Callable[[lmdb.Transaction], object]) -> None:
+        with self._lock:
+            while True:
+                try:
+                    with self._env.begin(write=True) as txn:
+                        change(txn)
+                    return
+                except lmdb.MapFullError:
+                    self._env.set_mapsize(2 * self._env.info()["map_size"])
+
+
+def keys_of(rows: Structs) -> list[bytes]:
+    """LMDB keys of records."""
+    raw = np.ascontiguousarray(rows[["namespace", "hash"]].astype(_KEY)).tobytes()
+    return [raw[at : at + KEY_BYTES] for at in range(0, len(raw), KEY_BYTES)]
+
+
+def _checksum_bytes(data: bytes) -> bytes:
+    return _native.io_checksum(data).to_bytes(8, "little")
