@@ -122,3 +122,20 @@ def _from_dlpack(source: Any, name: str) -> HostBuffer:
         raise ConfigError(f"{name}: {type(source).__name__} exports no memory: {error}") from error
     address, shape, strides, itemsize, dtype, _, _, readonly = described
     return HostBuffer(address, shape, strides, itemsize, dtype, readonly, (capsule, source))
+
+
+def as_block_ids(block_ids: object) -> npt.NDArray[np.int64]:
+    """Return block ids as the native code takes them; it checks their range itself.
+
+    Raises:
+        TypeError: they are not integers.
+        ValueError: they do not have one dimension.
+    """
+    ids = np.asarray(block_ids)
+    if ids.dtype != np.int64:
+        if ids.size and ids.dtype.kind not in "iu":
+            raise TypeError(f"block_ids must be integers, not {ids.dtype}")
+        ids = ids.astype(np.int64)
+    if ids.ndim != 1:
+        raise ValueError(f"block_ids must have one dimension, not {ids.ndim}")
+    return np.ascontiguousarray(ids)

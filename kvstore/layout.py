@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from kvstore import _native
 from kvstore.block import BlockSpec
-from kvstore.buffers import HostBuffer
+from kvstore.buffers import HostBuffer, as_block_ids
 from kvstore.errors import ConfigError
 
 CANONICAL = "canonical"
@@ -88,23 +88,19 @@ class BlockBuffers:
         layer_bytes = self.block_bytes // self.num_layers
         return first * layer_bytes, (first + count) * layer_bytes
 
-    def validate_ids(self, block_ids: npt.ArrayLike) -> npt.NDArray[np.int64]:
-        """`block_ids` as the native code takes them.
+    def validate_ids(self, block_ids: object) -> npt.NDArray[np.int64]:
+        """Return `block_ids` as the native code takes them.
 
         Raises IndexError naming the first id that is out of range; TypeError for other than
         integers; ValueError for other than one dimension.
         """
-        ids = np.asarray(block_ids)
-        if ids.size and ids.dtype.kind not in "iu":
-            raise TypeError(f"block_ids must be integers, not {ids.dtype}")
-        if ids.ndim != 1:
-            raise ValueError(f"block_ids must have one dimension, not {ids.ndim}")
+        ids = as_block_ids(block_ids)
         bad = np.flatnonzero((ids < 0) | (ids >= self.num_blocks))
         if bad.size:
             raise IndexError(
                 f"block id {ids[bad[0]]} is out of range: the buffers have {self.num_blocks} blocks"
             )
-        return np.ascontiguousarray(ids, dtype=np.int64)
+        return ids
 
     def require_writable(self) -> None:
         """Raises ConfigError when blocks cannot be loaded into these buffers."""

@@ -9,9 +9,10 @@ import numpy.typing as npt
 
 from kvstore import _native
 from kvstore.block import BlockHashes
-from kvstore.buffers import BlockBuffers, as_block_ids
+from kvstore.buffers import as_block_ids
 from kvstore.control import Control, Granted
 from kvstore.errors import ConfigError, StoreClosedError
+from kvstore.layout import BlockBuffers
 
 
 class Lease:
@@ -71,6 +72,7 @@ class Lease:
         """
         if self._released:
             raise StoreClosedError("the lease was released")
+        buffers.require_writable()
         ids = as_block_ids(block_ids)
         granted = self._granted
         chosen = slice(first, first + len(ids))
@@ -83,7 +85,7 @@ class Lease:
         addresses = offsets + np.uint64(arena.ctypes.data)
         num_good = len(ids)
         if layers is not None:
-            begin, end = buffers.layer_range(layers)
+            begin, end = buffers.layer_range(layers[0], layers[1] - layers[0])
             _native.scatter_range(buffers.plan, ids, addresses, begin, end, self._threads)
         elif self._verify:
             sums = np.empty(len(ids), np.uint64)

@@ -17,10 +17,11 @@ import numpy.typing as npt
 
 from kvstore import _native
 from kvstore.block import BlockHashes, Namespace
-from kvstore.buffers import BlockBuffers, as_block_ids
+from kvstore.buffers import as_block_ids
 from kvstore.control import ACK_LEVELS, RESERVED, Ack, Control
 from kvstore.errors import ConfigError, StoreClosedError
 from kvstore.events import Event
+from kvstore.layout import BlockBuffers
 from kvstore.lease import Lease
 from kvstore.transfer import Transfer, TransferResult
 
@@ -77,7 +78,7 @@ class Reservation:
         if layers is None:
             _native.gather(buffers.plan, ids, self._addresses, None, threads)
         else:
-            begin, end = buffers.layer_range(layers)
+            begin, end = buffers.layer_range(layers[0], layers[1] - layers[0])
             _native.gather_range(buffers.plan, ids, self._addresses, begin, end, threads)
 
     def commit(self, ack: Ack = "memory") -> Transfer:
@@ -225,6 +226,7 @@ class Store:
         """
         chain = BlockHashes.of(hashes)
         ids = self._ids(chain, block_ids)
+        buffers.require_writable()
         if background:
             return self._submit(lambda: self._load(chain, buffers, ids, timeout))
         return Transfer(self._load(chain, buffers, ids, timeout))

@@ -25,7 +25,7 @@ std::string RangeText(std::uint64_t begin, std::uint64_t end) {
 
 // Checks one run by itself and finds the memory it touches in all blocks.
 std::string CheckRun(const Run &run, std::size_t index, std::uint64_t block_bytes,
-                     std::int64_t num_blocks, Extent *extent) {
+                     std::int64_t num_blocks, PlanExtent *extent) {
     const std::string name = "run " + std::to_string(index);
     if (run.base == nullptr) return name + " has a null base";
     if (run.count == 0) return name + " has no pieces: count must be positive";
@@ -53,11 +53,11 @@ std::string CheckRun(const Run &run, std::size_t index, std::uint64_t block_byte
     return "";
 }
 
-void MergeExtents(std::vector<Extent> *extents) {
+void MergeExtents(std::vector<PlanExtent> *extents) {
     std::sort(extents->begin(), extents->end(),
-              [](const Extent &a, const Extent &b) { return a.begin < b.begin; });
+              [](const PlanExtent &a, const PlanExtent &b) { return a.begin < b.begin; });
     std::size_t kept = 0;
-    for (const Extent &extent : *extents) {
+    for (const PlanExtent &extent : *extents) {
         if (kept > 0 && extent.begin <= (*extents)[kept - 1].end) {
             (*extents)[kept - 1].end = std::max((*extents)[kept - 1].end, extent.end);
         } else {
@@ -144,10 +144,10 @@ std::string MakePlan(const std::vector<Run> &runs, std::uint64_t block_bytes,
     if (block_bytes == 0) return "block_bytes must be positive";
     if (num_blocks <= 0) return "num_blocks must be positive";
     std::vector<Piece> pieces;
-    std::vector<Extent> extents;
+    std::vector<PlanExtent> extents;
     std::int64_t total = 0;
     for (std::size_t r = 0; r < runs.size(); ++r) {
-        Extent extent;
+        PlanExtent extent;
         const std::string wrong = CheckRun(runs[r], r, block_bytes, num_blocks, &extent);
         if (!wrong.empty()) return wrong;
         extents.push_back(extent);
@@ -184,7 +184,7 @@ std::string MakePlan(const std::vector<Run> &runs, std::uint64_t block_bytes,
 bool TouchesEngine(const CopyPlan &plan, std::uintptr_t begin, std::uint64_t bytes) {
     const auto after = std::upper_bound(
         plan.extents.begin(), plan.extents.end(), begin,
-        [](std::uintptr_t address, const Extent &extent) { return address < extent.end; });
+        [](std::uintptr_t address, const PlanExtent &extent) { return address < extent.end; });
     return after != plan.extents.end() && after->begin < begin + bytes;
 }
 

@@ -26,7 +26,7 @@ struct Run {
 };
 
 // Memory [begin, end) that some engine block touches.
-struct Extent {
+struct PlanExtent {
     std::uintptr_t begin;
     std::uintptr_t end;
 };
@@ -38,7 +38,7 @@ struct CopyPlan {
     bool in_order = false;          // runs are ascending and gapless, pieces too: payload order
     bool whole_stripes = false;     // all pieces but the payload's last are multiples of 64 bytes
     bool writable = true;           // scatters into these tensors are allowed
-    std::vector<Extent> extents;    // sorted and disjoint: the engine memory of all blocks
+    std::vector<PlanExtent> extents;    // sorted and disjoint: the engine memory of all blocks
 };
 
 // Checks `runs`, in any order, and makes the plan that is in payload order: every piece is looked

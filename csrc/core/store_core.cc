@@ -351,6 +351,14 @@ bool StoreCore::Commit(std::uint64_t reservation, const std::uint64_t *checksums
     for (std::size_t i = 0; i < n; ++i) {
         FinishWrite(blocks[i], checksums != nullptr ? checksums[i] : 0, ok == nullptr || ok[i]);
     }
+    // The tail first, so that what continues a block is never more recent than the block.
+    for (std::size_t i = fresh_.size(); i-- > 0;) {
+        const Entry &entry = index_[fresh_[i]];
+        if (entry.cpu == CpuState::kReady && !entry.detached) {
+            PolicyOf(entry).Add(entry.slot, entry.hash.Prefix64());
+        }
+    }
+    fresh_.clear();
     if (waiters_ > 0) became_ready_.notify_all();
     return true;
 }
@@ -403,7 +411,7 @@ void StoreCore::MakeReady(EntryId id) {
         entry.rooted = entry.depth > 0;
         ++stats_.cpu_blocks;
         ++stats_.committed;
-        PolicyOf(entry).Add(entry.slot, entry.hash.Prefix64());
+        fresh_.push_back(next);
         Emit(EventKind::kStored, TierKind::kCpu, entry);
         for (EntryId child = entry.first_child; child != kNoEntry;
              child = index_[child].next_sibling) {

@@ -266,6 +266,7 @@ private:
     std::int64_t next_expiry_ns_ = kNever;
     std::uint64_t next_id_ = 1;        // of owners, leases and reservations
     std::uint64_t next_sequence_ = 2;  // of slots: never repeats, so a stale grant never matches
+    std::vector<EntryId> fresh_;  // became ready in this Commit, not yet known to the policy
     std::vector<SsdRecord> garbage_;
     std::deque<Event> events_;
     std::size_t events_capacity_ = 0;
