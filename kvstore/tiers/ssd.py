@@ -33,7 +33,7 @@ from kvstore.tiers.ssd_format import (
     PAGE_BYTES,
     RECORD,
     SHARED,
-    Records,
+    Records as Records,
     Structs,
     pages_of,
     records_from,

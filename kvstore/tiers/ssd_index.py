@@ -31,7 +31,7 @@ from kvstore.tiers.ssd_format import (
 )
 
 SCAN_RECORDS = 1 << 16  # records of one scan step: 7.6 MB, and the longest a scan holds the lock
-_KEY = np.dtype([("namespace", ">u4"), ("hash", "u1", 32)])
+_KEY = np.dtype([("namespace", "<u4"), ("hash", "u1", 32)])
 _VALUE_BYTES = RECORD.itemsize - KEY_BYTES
 _MAP_BYTES_MIN = 16 << 20
 _PROBE_SECONDS_MIN = 20.0
