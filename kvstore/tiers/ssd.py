@@ -33,11 +33,13 @@ from kvstore.tiers.ssd_format import (
     PAGE_BYTES,
     RECORD,
     SHARED,
-    Records as Records,
     Structs,
     pages_of,
     records_from,
     seal_records,
+)
+from kvstore.tiers.ssd_format import (
+    Records as Records,
 )
 from kvstore.tiers.ssd_index import keys_of
 
