@@ -151,6 +151,11 @@ class SegmentLog:
         """Numbers up to this one are not given to new segments."""
         self._number = max(self._number, number)
 
+    def reset_accounts(self) -> None:
+        """Before the index is read, and again when it had to be rebuilt."""
+        for segment in self.segments.values():
+            segment.used_pages, segment.live_pages, segment.live_blocks = 1, 0, 0
+
     def resume(self) -> None:
         """Goes on writing the newest segment behind its last block that has a record."""
         newest = max(self.segments, default=0)

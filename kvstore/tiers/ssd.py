@@ -33,11 +33,13 @@ from kvstore.tiers.ssd_format import (
     PAGE_BYTES,
     RECORD,
     SHARED,
-    Records,
     Structs,
     pages_of,
     records_from,
     seal_records,
+)
+from kvstore.tiers.ssd_format import (
+    Records as Records,
 )
 from kvstore.tiers.ssd_index import keys_of
 
@@ -145,31 +147,47 @@ class SsdTier:
             self._index, self._namespaces = ssd_open.open_index(
                 self._path, self._log, map_bytes, self.counters
             )
-            self._load()
+            bad = self._load()
+            if bad:
+                # What damaged these records may have damaged more than records.
+                self.counters["index_bad_records"] += bad
+                self._index.close()
+                self._index = ssd_open.rebuild_index(
+                    self._path, self._log, map_bytes, self._namespaces, self.counters
+                )
+                self._load()
+            self._start()
         except BaseException:
             ssd_open.close_quietly(self._lock_fd)
             raise
 
-    def _load(self) -> None:
-        """Accounts for every record; forgets those whose data is gone."""
+    def _load(self) -> int:
+        """Accounts for every record; the number of those that fail their checksum."""
         stale: list[Structs] = []
-        highest = 0
-        for scanned, _ in self._index.scan():
+        highest = bad_records = 0
+        self._log.reset_accounts()
+        for scanned, bad in self._index.scan():
+            bad_records += bad
             present = self._present(scanned)
             stale.append(scanned[~present])
             rows = scanned[present]
             self._log.account(rows, 1)
-            if len(rows):
-                highest = max(highest, int(rows["namespace"].max()))
+            if len(scanned):
+                highest = max(highest, int(scanned["namespace"].max()))
             for number, end in _ends(rows):
                 segment = self._log.segments[number]
                 segment.used_pages = max(segment.used_pages, end)
         self._highest_namespace = max(highest, *self._namespaces, 0)
-        gone = np.concatenate(stale) if stale else np.empty(0, RECORD)
+        self._stale = np.concatenate(stale) if stale else np.empty(0, RECORD)
+        return bad_records
+
+    def _start(self) -> None:
+        """Forgets records whose data is gone and goes on where the last process stopped."""
+        gone = self._stale
+        self._stale = np.empty(0, RECORD)
         if len(gone):
             self.counters["recover_missing_data"] += len(gone)
             self._log.skip_numbers(int(gone["segment"].max()))
-            self._log.skip_numbers(max(self._log.segments, default=0))
         self._log.sequence = max(self._log.sequence, self._index.meta("sequence") + (1 << 20))
         self._log.resume()
         try:

@@ -82,10 +82,10 @@ SUMMARY = np.dtype(
         ("checksum", "<u8"),
     ]
 )
-# An index record: LMDB key, big-endian so that keys sort by namespace, then LMDB value.
+# An index record: LMDB key (namespace, hash), then LMDB value (the rest).
 RECORD = np.dtype(
     [
-        ("namespace", ">u4"),
+        ("namespace", "<u4"),
         ("hash", "u1", 32),
         ("parent", "u1", 32),
         ("depth", "<u4"),
@@ -108,8 +108,9 @@ assert HEADER.itemsize == SUMMARY.itemsize == PAGE_BYTES
 Structs = npt.NDArray[np.void]
 
 # Columns that a record and a descriptor share.
-SHARED = [name for name in DESCRIPTOR.fields or () if name in (RECORD.fields or ()) and name != "unused"]
-)
+SHARED = [
+    name for name in DESCRIPTOR.fields or () if name in (RECORD.fields or ()) and name != "unused"
+]
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import os
 import shutil
 import uuid as uuids
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import lmdb
@@ -144,44 +145,46 @@ def tag_of(digest: bytes) -> int:
 def open_index(
     path: Path, log: SegmentLog, map_bytes: int, counters: Counter[str]
 ) -> tuple[ssd_index.SsdIndex, Namespaces]:
-    """The index, sound, and the namespaces; both rebuilt from the segments where they must be."""
+    """The index, walkable by LMDB, and the namespaces; the index rebuilt if it is lost.
+
+    Its records are not checked yet: see rebuild_index.
+    """
     where = path / "index"
     shutil.rmtree(path / "index.tmp", ignore_errors=True)
     namespaces = read_namespaces(path)
-    index = None
-    try:
+    with _translated(where):
         if where.exists():
-            index = _open_sound(where, map_bytes, namespaces, counters)
-            if index is None:
-                ssd_index.set_aside(where)
-        if index is None:
-            rows = rebuilt_records(log, namespaces, counters)
-            packed = {number: pack_namespace(*names) for number, names in namespaces.items()}
-            ssd_index.create(where, map_bytes, rows, packed)
-            index = ssd_index.SsdIndex(where, map_bytes)
+            if ssd_index.is_sound(where, map_bytes):
+                index = ssd_index.SsdIndex(where, map_bytes)
+                for number, packed in index.namespaces().items():
+                    namespaces.setdefault(number, unpack_namespace(packed))
+                return index, namespaces
+            counters["index_damaged"] += 1
+    return rebuild_index(path, log, map_bytes, namespaces, counters), namespaces
+
+
+def rebuild_index(
+    path: Path, log: SegmentLog, map_bytes: int, namespaces: Namespaces, counters: Counter[str]
+) -> ssd_index.SsdIndex:
+    """A new index from the segments' summaries; the present one, closed, is set aside."""
+    where = path / "index"
+    with _translated(where):
+        if where.exists():
+            ssd_index.set_aside(where)
+        rows = rebuilt_records(log, namespaces, counters)
+        packed = {number: pack_namespace(*names) for number, names in namespaces.items()}
+        ssd_index.create(where, map_bytes, rows, packed)
+        return ssd_index.SsdIndex(where, map_bytes)
+
+
+@contextlib.contextmanager
+def _translated(where: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise os_error(error, where, "opening the index") from error
     except lmdb.Error as error:
         raise StorageError(errno.EIO, f"{where}: opening the index failed: {error}.") from error
-    return index, namespaces
-
-
-def _open_sound(
-    where: Path, map_bytes: int, namespaces: Namespaces, counters: Counter[str]
-) -> ssd_index.SsdIndex | None:
-    """None when the environment is damaged. Adds the index's namespaces to `namespaces`."""
-    if not ssd_index.is_sound(where, map_bytes):
-        counters["index_damaged"] += 1
-        return None
-    index = ssd_index.SsdIndex(where, map_bytes)
-    for number, packed in index.namespaces().items():
-        namespaces.setdefault(number, unpack_namespace(packed))
-    bad = sum(count for _, count in index.scan())
-    if bad == 0:
-        return index
-    index.close()
-    counters["index_bad_records"] += bad
-    return None
 
 
 def rebuilt_records(log: SegmentLog, namespaces: Namespaces, counters: Counter[str]) -> Structs:
