@@ -18,8 +18,9 @@ constexpr std::uint64_t kParallelBatchBytes = 1 << 20;
 constexpr std::uint64_t kGrainBytes = 256 << 10;
 // Bytes copied before they are hashed out of L1, where pieces are not whole stripes.
 constexpr std::uint64_t kTileBytes = 8 << 10;
-// Pieces this short end before the hardware has noticed a stream to prefetch.
-constexpr std::uint32_t kPrefetchPieceBytes = 4096;
+// Short pieces are taken in groups of this much, with the lines of those that follow under way.
+constexpr std::uint64_t kGroupBytes = 2 << 10;
+constexpr std::uint64_t kPrefetchBytes = 1 << 10;
 
 template <bool kGather>
 struct Batch {
@@ -47,46 +48,63 @@ std::uint8_t *EngineAddress(const Run &run, std::int64_t id) {
     return run.base + id * run.block_stride;
 }
 
-// Asks for the first lines of the pieces of `run` that a gather will read next.
-void PrefetchPieces(const Run &run, std::int64_t id) {
-    if (run.bytes >= kPrefetchPieceBytes) return;
-    const std::uint8_t *engine = EngineAddress(run, id);
-    const std::uint32_t pieces = std::min<std::uint32_t>(run.count, 8);
-    for (std::uint32_t i = 0; i < pieces; ++i) {
-        const std::uint8_t *piece = engine + i * run.engine_stride;
-        for (std::uint32_t at = 0; at < std::min<std::uint32_t>(run.bytes, 256); at += 64) {
-            __builtin_prefetch(piece + at);
+// Asks for the engine's lines of a block's short pieces, in payload order.
+class Prefetcher {
+public:
+    Prefetcher(const CopyPlan &plan, std::int64_t id) : runs_(plan.runs), id_(id) {}
+
+    // Continues up to payload offset `end`.
+    void Advance(std::uint64_t end) {
+        for (; run_ < runs_.size(); ++run_, piece_ = 0) {
+            const Run &run = runs_[run_];
+            for (; piece_ < run.count; ++piece_) {
+                if (run.block_offset + piece_ * run.piece_stride >= end) return;
+                if (run.bytes >= kPrefetchPieceBytes) break;
+                const std::uint8_t *piece = EngineAddress(run, id_) + piece_ * run.engine_stride;
+                for (std::uint32_t at = 0; at < run.bytes; at += 64) __builtin_prefetch(piece + at);
+            }
+        }
+    }
+
+private:
+    const std::vector<Run> &runs_;
+    std::int64_t id_;
+    std::size_t run_ = 0;
+    std::uint32_t piece_ = 0;
+};
+
+// Calls take(PieceRun) for all pieces of batch block i, in the order of the plan.
+template <bool kGather, typename Take>
+void ForPieces(const Batch<kGather> &batch, std::size_t i, const Take &take) {
+    const std::int64_t id = batch.ids[i];
+    Prefetcher prefetcher(batch.plan, id);
+    for (const Run &run : batch.plan.runs) {
+        const bool in_groups = kGather && run.bytes < kPrefetchPieceBytes;
+        const std::uint64_t group =
+            in_groups ? std::max<std::uint64_t>(1, kGroupBytes / run.bytes) : run.count;
+        for (std::uint64_t p = 0; p < run.count; p += group) {
+            const std::uint64_t offset = run.block_offset + p * run.piece_stride;
+            const std::uint64_t count = std::min(group, run.count - p);
+            if (in_groups) prefetcher.Advance(offset + count * run.piece_stride + kPrefetchBytes);
+            take(Between<kGather>(
+                EngineAddress(run, id) + static_cast<std::int64_t>(p) * run.engine_stride,
+                run.engine_stride, batch.blocks[i] + offset, run.piece_stride, run.bytes, count));
         }
     }
 }
 
 template <bool kGather>
 void CopyWhole(const Batch<kGather> &batch, std::size_t i) {
-    const std::vector<Run> &runs = batch.plan.runs;
-    for (std::size_t r = 0; r < runs.size(); ++r) {
-        const Run &run = runs[r];
-        if (kGather && r + 1 < runs.size()) PrefetchPieces(runs[r + 1], batch.ids[i]);
-        CopyPieces(Between<kGather>(EngineAddress(run, batch.ids[i]), run.engine_stride,
-                                    batch.blocks[i] + run.block_offset, run.piece_stride, run.bytes,
-                                    run.count),
-                   batch.mode);
-    }
+    ForPieces<kGather>(batch, i, [&](const PieceRun &run) { CopyPieces(run, batch.mode); });
 }
 
 // Hashes the bytes while they are in registers. REQUIRES: plan.in_order and plan.whole_stripes.
 template <bool kGather>
 std::uint64_t CopyFused(const Batch<kGather> &batch, std::size_t i) {
-    const CopyPlan &plan = batch.plan;
-    Xxh3Stream stream(plan.block_bytes);
-    for (std::size_t r = 0; r < plan.runs.size(); ++r) {
-        const Run &run = plan.runs[r];
-        if (kGather && r + 1 < plan.runs.size()) PrefetchPieces(plan.runs[r + 1], batch.ids[i]);
-        stream.CopyUpdate(Between<kGather>(EngineAddress(run, batch.ids[i]), run.engine_stride,
-                                           batch.blocks[i] + run.block_offset, run.piece_stride,
-                                           run.bytes, run.count),
-                          batch.mode);
-    }
-    return stream.Finish(batch.blocks[i] + plan.block_bytes - kStripeBytes);
+    const std::uint64_t block_bytes = batch.plan.block_bytes;
+    Xxh3Stream stream(block_bytes);
+    ForPieces<kGather>(batch, i, [&](const PieceRun &run) { stream.CopyUpdate(run, batch.mode); });
+    return stream.Finish(batch.blocks[i] + block_bytes - kStripeBytes);
 }
 
 // Copies a tile, then hashes it out of the cache. REQUIRES: plan.in_order.

@@ -186,8 +186,9 @@ constexpr Kernels kScalarKernels = {HashScalar<false>, HashScalar<true>, HashSca
 // line twice: the second load comes from L1.
 enum class Store { kNone, kCached, kAligned, kShifted };
 
-// Bytes the software prefetch runs ahead of the loads.
-constexpr std::size_t kAheadBytes = 1024;
+// Bytes the software prefetch runs ahead of the loads; not past the ends of short pieces, whose
+// callers prefetch the next ones.
+std::size_t AheadBytes(const PieceRun &run) { return run.bytes >= kPrefetchPieceBytes ? 1024 : 0; }
 
 #define KV_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx2")))
 #define KV_AVX2 __attribute__((target("avx2")))
@@ -197,9 +198,10 @@ KV_AVX512
     __attribute__((always_inline)) inline __m512i Stripe512(__m512i lanes,
                                                             const std::uint8_t *secret,
                                                             const std::uint8_t *from,
-                                                            std::uint8_t *to, std::size_t shift) {
+                                                            std::uint8_t *to, std::size_t shift,
+                                                            std::size_t ahead) {
     const __m512i value = _mm512_loadu_si512(from);
-    _mm_prefetch(reinterpret_cast<const char *>(from + kAheadBytes), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char *>(from + ahead), _MM_HINT_T0);
     const __m512i key = _mm512_xor_si512(value, _mm512_loadu_si512(secret));
     const __m512i product = _mm512_mul_epu32(key, _mm512_srli_epi64(key, 32));
     const __m512i swapped = _mm512_shuffle_epi32(value, _MM_PERM_BADC);
@@ -217,7 +219,8 @@ KV_AVX512
 // Stripes [0, count) of one piece.
 template <Store kStore>
 KV_AVX512 inline __m512i Stripes512(__m512i lanes, std::uint32_t *stripe, const std::uint8_t *from,
-                                    std::uint8_t *to, std::size_t shift, std::size_t count) {
+                                    std::uint8_t *to, std::size_t shift, std::size_t ahead,
+                                    std::size_t count) {
     while (count > 0) {
         std::uint32_t at = *stripe;
         const std::size_t end = std::min<std::size_t>(kStripesPerBlock, at + count);
@@ -226,14 +229,14 @@ KV_AVX512 inline __m512i Stripes512(__m512i lanes, std::uint32_t *stripe, const 
 #pragma GCC unroll 16
             for (std::uint32_t i = 0; i < kStripesPerBlock; ++i) {
                 lanes = Stripe512<kStore>(lanes, kSecret + 8 * i, from + kStripeBytes * i,
-                                          to + kStripeBytes * i, shift);
+                                          to + kStripeBytes * i, shift, ahead);
             }
             from += kStripeBytes * kStripesPerBlock;
             to += kStripeBytes * kStripesPerBlock;
             at = kStripesPerBlock;
         }
         for (; at < end; ++at) {
-            lanes = Stripe512<kStore>(lanes, kSecret + 8 * at, from, to, shift);
+            lanes = Stripe512<kStore>(lanes, kSecret + 8 * at, from, to, shift, ahead);
             from += kStripeBytes;
             to += kStripeBytes;
         }
@@ -256,19 +259,20 @@ KV_AVX512 void Hash512(const PieceRun &run, State *state) {
     __m512i lanes = _mm512_load_si512(state->lanes);
     std::uint32_t stripe = state->stripe;
     const std::size_t stripes = run.bytes / kStripeBytes;
+    const std::size_t ahead = AheadBytes(run);
     for (std::size_t p = 0; p < run.count; ++p) {
         const auto i = static_cast<std::ptrdiff_t>(p);
         const std::uint8_t *from = run.from + i * run.from_stride;
         std::uint8_t *to = kStore == Store::kNone ? nullptr : run.to + i * run.to_stride;
         const std::size_t shift = -reinterpret_cast<std::uintptr_t>(to) % kStripeBytes;
         if (kStore != Store::kAligned || shift == 0) {
-            lanes = Stripes512<kStore>(lanes, &stripe, from, to, 0, stripes);
+            lanes = Stripes512<kStore>(lanes, &stripe, from, to, 0, ahead, stripes);
             continue;
         }
         const std::size_t last = kStripeBytes * (stripes - 1);
         std::memcpy(to, from, shift);
-        lanes = Stripes512<Store::kShifted>(lanes, &stripe, from, to, shift, stripes - 1);
-        lanes = Stripes512<Store::kNone>(lanes, &stripe, from + last, nullptr, 0, 1);
+        lanes = Stripes512<Store::kShifted>(lanes, &stripe, from, to, shift, ahead, stripes - 1);
+        lanes = Stripes512<Store::kNone>(lanes, &stripe, from + last, nullptr, 0, 0, 1);
         std::memcpy(to + last + shift, from + last + shift, kStripeBytes - shift);
     }
     _mm512_store_si512(state->lanes, lanes);
@@ -276,6 +280,7 @@ KV_AVX512 void Hash512(const PieceRun &run, State *state) {
 }
 
 KV_AVX512 void CopyStreaming512(const PieceRun &run) {
+    const std::size_t ahead = AheadBytes(run);
     for (std::size_t p = 0; p < run.count; ++p) {
         const auto i = static_cast<std::ptrdiff_t>(p);
         const std::uint8_t *from = run.from + i * run.from_stride;
@@ -284,7 +289,7 @@ KV_AVX512 void CopyStreaming512(const PieceRun &run) {
             std::min<std::size_t>(-reinterpret_cast<std::uintptr_t>(to) % kStripeBytes, run.bytes);
         std::memcpy(to, from, at);
         for (; at + kStripeBytes <= run.bytes; at += kStripeBytes) {
-            _mm_prefetch(reinterpret_cast<const char *>(from + at + kAheadBytes), _MM_HINT_T0);
+            _mm_prefetch(reinterpret_cast<const char *>(from + at + ahead), _MM_HINT_T0);
             _mm512_stream_si512(reinterpret_cast<__m512i *>(to + at),
                                 _mm512_loadu_si512(from + at));
         }
@@ -315,14 +320,12 @@ KV_AVX2 inline __m256i Scramble256(__m256i lanes, const std::uint8_t *secret) {
 }
 
 template <Store kStore>
-KV_AVX2 __attribute__((always_inline)) inline Lanes256 Stripe256(Lanes256 lanes,
-                                                                 const std::uint8_t *secret,
-                                                                 const std::uint8_t *from,
-                                                                 std::uint8_t *to,
-                                                                 std::size_t shift) {
+KV_AVX2 __attribute__((always_inline)) inline Lanes256 Stripe256(
+    Lanes256 lanes, const std::uint8_t *secret, const std::uint8_t *from, std::uint8_t *to,
+    std::size_t shift, std::size_t ahead) {
     const __m256i low = Load256(from);
     const __m256i high = Load256(from + 32);
-    _mm_prefetch(reinterpret_cast<const char *>(from + kAheadBytes), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char *>(from + ahead), _MM_HINT_T0);
     auto *line = reinterpret_cast<__m256i *>(to);
     if constexpr (kStore == Store::kCached) {
         _mm256_storeu_si256(line, low);
@@ -342,14 +345,15 @@ KV_AVX2 __attribute__((always_inline)) inline Lanes256 Stripe256(Lanes256 lanes,
 
 template <Store kStore>
 KV_AVX2 inline Lanes256 Stripes256(Lanes256 lanes, std::uint32_t *stripe, const std::uint8_t *from,
-                                   std::uint8_t *to, std::size_t shift, std::size_t count) {
+                                   std::uint8_t *to, std::size_t shift, std::size_t ahead,
+                                   std::size_t count) {
     while (count > 0) {
         std::uint32_t at = *stripe;
         const std::size_t end = std::min<std::size_t>(kStripesPerBlock, at + count);
         count -= end - at;
 #pragma GCC unroll 4
         for (; at < end; ++at) {
-            lanes = Stripe256<kStore>(lanes, kSecret + 8 * at, from, to, shift);
+            lanes = Stripe256<kStore>(lanes, kSecret + 8 * at, from, to, shift, ahead);
             from += kStripeBytes;
             to += kStripeBytes;
         }
@@ -369,19 +373,20 @@ KV_AVX2 void Hash256(const PieceRun &run, State *state) {
     Lanes256 lanes = {_mm256_load_si256(memory), _mm256_load_si256(memory + 1)};
     std::uint32_t stripe = state->stripe;
     const std::size_t stripes = run.bytes / kStripeBytes;
+    const std::size_t ahead = AheadBytes(run);
     for (std::size_t p = 0; p < run.count; ++p) {
         const auto i = static_cast<std::ptrdiff_t>(p);
         const std::uint8_t *from = run.from + i * run.from_stride;
         std::uint8_t *to = kStore == Store::kNone ? nullptr : run.to + i * run.to_stride;
         const std::size_t shift = -reinterpret_cast<std::uintptr_t>(to) % kStripeBytes;
         if (kStore != Store::kAligned || shift == 0) {
-            lanes = Stripes256<kStore>(lanes, &stripe, from, to, 0, stripes);
+            lanes = Stripes256<kStore>(lanes, &stripe, from, to, 0, ahead, stripes);
             continue;
         }
         const std::size_t last = kStripeBytes * (stripes - 1);
         std::memcpy(to, from, shift);
-        lanes = Stripes256<Store::kShifted>(lanes, &stripe, from, to, shift, stripes - 1);
-        lanes = Stripes256<Store::kNone>(lanes, &stripe, from + last, nullptr, 0, 1);
+        lanes = Stripes256<Store::kShifted>(lanes, &stripe, from, to, shift, ahead, stripes - 1);
+        lanes = Stripes256<Store::kNone>(lanes, &stripe, from + last, nullptr, 0, 0, 1);
         std::memcpy(to + last + shift, from + last + shift, kStripeBytes - shift);
     }
     _mm256_store_si256(memory, lanes.low);
@@ -390,6 +395,7 @@ KV_AVX2 void Hash256(const PieceRun &run, State *state) {
 }
 
 KV_AVX2 void CopyStreaming256(const PieceRun &run) {
+    const std::size_t ahead = AheadBytes(run);
     for (std::size_t p = 0; p < run.count; ++p) {
         const auto i = static_cast<std::ptrdiff_t>(p);
         const std::uint8_t *from = run.from + i * run.from_stride;
@@ -398,7 +404,7 @@ KV_AVX2 void CopyStreaming256(const PieceRun &run) {
             std::min<std::size_t>(-reinterpret_cast<std::uintptr_t>(to) % kStripeBytes, run.bytes);
         std::memcpy(to, from, at);
         for (; at + kStripeBytes <= run.bytes; at += kStripeBytes) {
-            _mm_prefetch(reinterpret_cast<const char *>(from + at + kAheadBytes), _MM_HINT_T0);
+            _mm_prefetch(reinterpret_cast<const char *>(from + at + ahead), _MM_HINT_T0);
             auto *line = reinterpret_cast<__m256i *>(to + at);
             _mm256_stream_si256(line, Load256(from + at));
             _mm256_stream_si256(line + 1, Load256(from + at + 32));
@@ -427,8 +433,16 @@ std::atomic<int> &Level() {
 
 const Kernels &Active() { return *kKernels[Level().load(std::memory_order_relaxed)]; }
 
-// Streaming stores pay for whole lines only: below this a piece goes through the cache.
+// Streaming stores pay for whole lines only: short pieces that are not whole lines go through the
+// cache.
 constexpr std::size_t kStreamingPieceBytes = 512;
+
+bool Streams(const PieceRun &run, StoreMode mode) {
+    if (mode != StoreMode::kStreaming) return false;
+    const std::uintptr_t lines = reinterpret_cast<std::uintptr_t>(run.to) |
+                                 static_cast<std::uintptr_t>(run.to_stride) | run.bytes;
+    return run.bytes >= kStreamingPieceBytes || lines % kStripeBytes == 0;
+}
 
 }  // namespace
 
@@ -461,7 +475,7 @@ void StreamFence() {
 }
 
 void CopyPieces(const PieceRun &run, StoreMode mode) {
-    if (mode == StoreMode::kStreaming && run.bytes >= kStreamingPieceBytes) {
+    if (Streams(run, mode)) {
         Active().copy_streaming(run);
     } else {
         CopyCached(run);
@@ -492,8 +506,7 @@ void Xxh3Stream::CopyUpdate(std::uint8_t *to, const std::uint8_t *from, std::siz
 
 void Xxh3Stream::CopyUpdate(const PieceRun &run, StoreMode mode) {
     const Kernels &kernels = Active();
-    const bool streaming = mode == StoreMode::kStreaming && run.bytes >= kStreamingPieceBytes;
-    const auto kernel = streaming ? kernels.copy_hash_streaming : kernels.copy_hash;
+    const auto kernel = Streams(run, mode) ? kernels.copy_hash_streaming : kernels.copy_hash;
     const std::size_t stripes = run.bytes / kStripeBytes;
     // The payload's last stripe is hashed apart, in Finish, so the piece that holds it is cut.
     const bool ends = bytes_done_ + run.bytes * run.count == payload_bytes_;

@@ -11,6 +11,9 @@ namespace kvstore {
 
 inline constexpr std::size_t kXxh3ShortBytes = 240;
 inline constexpr std::size_t kStripeBytes = 64;
+// Pieces shorter than this end before the hardware has noticed a stream to prefetch: whoever walks
+// over them asks for the next ones in time.
+inline constexpr std::size_t kPrefetchPieceBytes = 4096;
 
 // Which instructions the kernels use. The process starts with the best the CPU has.
 enum class SimdLevel : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2 };

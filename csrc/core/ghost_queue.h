@@ -12,16 +12,20 @@
 #include <cstdint>
 #include <vector>
 
-#include "core/types.h"
+#include "core/check.h"
 
 namespace kvstore {
 
 template <class Value>
 class GhostQueue {
 public:
-    // Remembers the last `capacity` keys pushed. REQUIRES: 0 < capacity < 2^31.
+    static constexpr std::size_t kMaxCapacity = (std::size_t{1} << 32) - 2;
+
+    // Remembers the last `capacity` keys pushed. REQUIRES: 0 < capacity <= kMaxCapacity.
     explicit GhostQueue(std::size_t capacity)
-        : keys_(capacity), values_(capacity), index_(capacity + capacity / 4 + 1, kEmpty) {}
+        : keys_(capacity), values_(capacity), index_(capacity + capacity / 4 + 1, kEmpty) {
+        KV_CHECK(capacity > 0 && capacity <= kMaxCapacity);
+    }
 
     // Remembers the key as the latest; the oldest is forgotten when there is no room.
     void Push(std::uint64_t key, Value value) {

@@ -51,7 +51,9 @@ struct MqGhost {
 class MqPolicy final : public ParkingPolicy<MqPolicy, MqNode> {
 public:
     explicit MqPolicy(SlotId num_slots)
-        : ParkingPolicy(num_slots), lifetime_(num_slots), ghosts_(kGhostsPerSlot * num_slots) {}
+        : ParkingPolicy(num_slots),
+          lifetime_(num_slots),
+          ghosts_(std::min(kGhostsPerSlot * num_slots, GhostQueue<MqGhost>::kMaxCapacity)) {}
 
 private:
     friend ParkingPolicy;
