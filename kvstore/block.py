@@ -114,8 +114,8 @@ class Namespace:
     """
 
     model: str
-    revision: str
     spec: BlockSpec
+    revision: str = ""
     layout: str = "canonical-1"
     tp_rank: int = 0
     tp_size: int = 1

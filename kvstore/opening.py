@@ -14,7 +14,7 @@ def as_namespace(namespace: Namespace | BlockSpec | str, spec: BlockSpec | None)
     if isinstance(namespace, Namespace):
         return namespace
     if isinstance(namespace, BlockSpec):
-        return Namespace(model="", spec=namespace)
+        return Namespace(model="unnamed", spec=namespace)
     if spec is None:
         raise TypeError("a model's name alone does not say its blocks: give spec=BlockSpec(...)")
     return Namespace(model=namespace, spec=spec)

@@ -127,7 +127,7 @@ def test_digest_is_stable_across_releases() -> None:
 
 
 def test_salt_is_nowhere_in_clear() -> None:
-    namespace = Namespace("m", "r", SPEC, salt=b"correct horse")
+    namespace = Namespace("m", SPEC, "r", salt=b"correct horse")
     shown = repr(namespace) + str(namespace.describe()) + str(vars(namespace))
     assert "correct horse" not in shown
     assert b"correct horse" not in namespace.canonical()
