@@ -425,7 +425,7 @@ class Fp8Codec(_QuantCodec):
     """OCP e4m3 ("OCP 8-bit Floating Point Specification", 2023) with a scale per part and head.
 
     Scales are powers of two, so the conversion to e4m3 is the only rounding. Error of an element:
-    at most 1/16 of its value or 2^-18 of the head's largest magnitude, whichever is more.
+    at most 1/16 of its value or 2^-17 of the head's largest magnitude, whichever is more.
     """
 
     id: ClassVar[CodecId] = CodecId.FP8
