@@ -16,6 +16,9 @@ namespace {
 
 constexpr std::uint8_t kVersion = 1;
 constexpr std::uint8_t kMagic[4] = {'k', 'v', 'c', 'd'};
+constexpr std::size_t kVersionOffset = 4;
+constexpr std::size_t kCodecOffset = 5;
+constexpr std::size_t kLengthOffset = 16;
 constexpr std::size_t kHashOffset = 56;
 constexpr std::uint64_t kChannelsMax = std::uint64_t{1} << 24;  // bounds the scratch memory
 constexpr std::uint64_t kRawBytesMax = std::uint64_t{1} << 40;
@@ -172,11 +175,13 @@ struct Scratch {
         : largest(format.channels() * sizeof(std::uint32_t)),
           scales(format.channels()),
           inverses(format.channels()),
+          values(format.channels()),
           stored(format.channels()) {}
 
     std::vector<std::uint8_t> largest;  // holds Element::Bits
     std::vector<float> scales;
     std::vector<float> inverses;
+    std::vector<float> values;
     std::vector<std::uint16_t> stored;
 };
 
@@ -184,39 +189,42 @@ std::size_t ScalesPerPlane(const CodecFormat &format) {
     return format.codec == CodecId::kInt8 ? format.channels() : format.heads;
 }
 
+// `values` and `offs` are scratch for n floats each.
 template <class Element, class Quantiser>
-KV_INLINE void AddError(const typename Element::Bits *__restrict values,
+KV_INLINE void AddError(const typename Element::Bits *__restrict row,
                         const std::uint8_t *__restrict codes, const float *__restrict scales,
-                        std::size_t n, CodecError *error) {
-    constexpr std::size_t kLanes = 8;  // independent sums, so that the loop can be vectorised
-    double top[kLanes] = {}, errors[kLanes] = {}, squares[kLanes] = {};
+                        std::size_t n, float *__restrict values, float *__restrict offs,
+                        CodecError *error) {
+    std::uint32_t off_max_bits = 0;
+    for (std::size_t c = 0; c < n; ++c) {
+        const float value = Element::ToFloat(row[c]);
+        const float back =
+            Element::ToFloat(Element::FromFloat(Quantiser::Decode(codes[c]) * scales[c]));
+        const std::uint32_t off_bits = BitsOf(value - back) & 0x7fffffffu;
+        values[c] = value;
+        offs[c] = FloatOf(off_bits);
+        off_max_bits = off_bits > off_max_bits ? off_bits : off_max_bits;
+    }
+    constexpr std::size_t kLanes = 8;  // independent sums: one would wait for each addition
+    double error_squares[kLanes] = {}, value_squares[kLanes] = {};
     std::size_t c = 0;
     for (; c + kLanes <= n; c += kLanes) {
         for (std::size_t lane = 0; lane < kLanes; ++lane) {
-            const std::size_t at = c + lane;
-            const double value = Element::ToFloat(values[at]);
-            const double back =
-                Element::ToFloat(Element::FromFloat(Quantiser::Decode(codes[at]) * scales[at]));
-            const double off = value > back ? value - back : back - value;
-            top[lane] = off > top[lane] ? off : top[lane];
-            errors[lane] += off * off;
-            squares[lane] += value * value;
+            const double off = offs[c + lane], value = values[c + lane];
+            error_squares[lane] += off * off;
+            value_squares[lane] += value * value;
         }
     }
     for (; c < n; ++c) {
-        const double value = Element::ToFloat(values[c]);
-        const double back =
-            Element::ToFloat(Element::FromFloat(Quantiser::Decode(codes[c]) * scales[c]));
-        const double off = value > back ? value - back : back - value;
-        top[0] = off > top[0] ? off : top[0];
-        errors[0] += off * off;
-        squares[0] += value * value;
+        error_squares[0] += double{offs[c]} * double{offs[c]};
+        value_squares[0] += double{values[c]} * double{values[c]};
     }
     for (std::size_t lane = 0; lane < kLanes; ++lane) {
-        error->abs_max = top[lane] > error->abs_max ? top[lane] : error->abs_max;
-        error->error_square_sum += errors[lane];
-        error->value_square_sum += squares[lane];
+        error->error_square_sum += error_squares[lane];
+        error->value_square_sum += value_squares[lane];
     }
+    const double off_max = FloatOf(off_max_bits);
+    error->abs_max = off_max > error->abs_max ? off_max : error->abs_max;
     error->elements += static_cast<double>(n);
 }
 
@@ -261,7 +269,7 @@ KV_INLINE CodecStatus EncodeBody(const CodecFormat &format, const std::uint8_t *
         }
         const std::size_t t = (p + sample) % tokens;
         AddError<Element, Quantiser>(plane + t * channels, codes + t * channels, scales, channels,
-                                     error);
+                                     scratch->values.data(), inverses, error);
         plane += tokens * channels;
         codes += tokens * channels;
     }
@@ -490,20 +498,19 @@ void QuantDecode(const CodecFormat &format, const std::uint8_t *const *encoded,
 }
 
 void WriteCodecHeader(const CodecFormat &format, std::uint64_t encoded_bytes, std::uint8_t *out) {
-    std::uint8_t header[kCodecHeaderBytes] = {};
-    std::memcpy(header, kMagic, sizeof(kMagic));
-    header[4] = kVersion;
-    header[5] = static_cast<std::uint8_t>(format.codec);
-    header[6] = static_cast<std::uint8_t>(format.element);
-    Put(header, 8, format.raw_bytes);
-    Put(header, 16, encoded_bytes);
-    Put(header, 24, format.planes);
-    Put(header, 28, format.tokens);
-    Put(header, 32, format.heads);
-    Put(header, 36, format.dim);
-    header[40] = format.shuffle_width;
-    Put(header, kHashOffset, HeaderHash(header));
-    std::memcpy(out, header, sizeof(header));
+    std::memset(out, 0, kCodecHeaderBytes);
+    std::memcpy(out, kMagic, sizeof(kMagic));
+    out[kVersionOffset] = kVersion;
+    out[kCodecOffset] = static_cast<std::uint8_t>(format.codec);
+    out[6] = static_cast<std::uint8_t>(format.element);
+    Put(out, 8, format.raw_bytes);
+    Put(out, kLengthOffset, encoded_bytes);
+    Put(out, 24, format.planes);
+    Put(out, 28, format.tokens);
+    Put(out, 32, format.heads);
+    Put(out, 36, format.dim);
+    out[40] = format.shuffle_width;
+    Put(out, kHashOffset, HeaderHash(out));
 }
 
 CodecStatus ReadCodecHeader(const CodecFormat &format, const std::uint8_t *encoded,
@@ -515,20 +522,19 @@ CodecStatus ReadCodecHeader(const CodecFormat &format, const std::uint8_t *encod
         Get<std::uint64_t>(header, kHashOffset) != HeaderHash(header)) {
         return CodecStatus::kBadHeader;
     }
-    if (header[4] != kVersion) return CodecStatus::kWrongVersion;
-    if (header[5] != static_cast<std::uint8_t>(format.codec)) return CodecStatus::kWrongCodec;
-    const CodecFormat found{static_cast<CodecId>(header[5]),
-                            static_cast<ElementType>(header[6]),
-                            header[40],
-                            Get<std::uint32_t>(header, 24),
-                            Get<std::uint32_t>(header, 28),
-                            Get<std::uint32_t>(header, 32),
-                            Get<std::uint32_t>(header, 36),
-                            Get<std::uint64_t>(header, 8)};
-    if (found != format) return CodecStatus::kWrongSpec;
-    *encoded_bytes = Get<std::uint64_t>(header, 16);
-    if (*encoded_bytes < kCodecHeaderBytes) return CodecStatus::kBadHeader;
-    return *encoded_bytes > length ? CodecStatus::kTruncated : CodecStatus::kOk;
+    if (header[kVersionOffset] != kVersion) return CodecStatus::kWrongVersion;
+    if (header[kCodecOffset] != static_cast<std::uint8_t>(format.codec)) {
+        return CodecStatus::kWrongCodec;
+    }
+    // Of all headers with this length only one is right.
+    const auto found_bytes = Get<std::uint64_t>(header, kLengthOffset);
+    std::uint8_t expected[kCodecHeaderBytes];
+    WriteCodecHeader(format, found_bytes, expected);
+    if (std::memcmp(header, expected, sizeof(header)) != 0) return CodecStatus::kWrongSpec;
+    if (found_bytes < kCodecHeaderBytes) return CodecStatus::kBadHeader;
+    if (found_bytes > length) return CodecStatus::kTruncated;
+    *encoded_bytes = found_bytes;
+    return CodecStatus::kOk;
 }
 
 namespace {

@@ -61,8 +61,6 @@ struct CodecFormat {
     std::uint64_t raw_bytes = 0;
 
     std::size_t channels() const { return std::size_t{heads} * dim; }
-
-    friend bool operator==(const CodecFormat &, const CodecFormat &) = default;
 };
 
 // Error of a sample of one block's elements: one token of each plane, another in each plane.

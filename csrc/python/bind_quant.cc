@@ -154,7 +154,6 @@ void CopyBlocks(const Array<std::uint64_t> &from_addrs, const Array<std::uint64_
     for (std::size_t i = 0; i < from.size(); ++i) std::memcpy(to[i], from[i], bytes);
 }
 
-// The bytes at `address`, which is outside numpy's knowledge, as the caller's `shuffled` array.
 void CheckShuffle(std::uint64_t address, std::size_t bytes, std::size_t width) {
     Require(address != 0, "address must not be null");
     Require((width == 1 || width == 2 || width == 4) && bytes % width == 0,
