@@ -12,7 +12,9 @@
 """
 
 from kvstore.block import BlockHash, BlockHashes, BlockSpec, Namespace
+from kvstore.client import connect
 from kvstore.config import StoreConfig, load_config
+from kvstore.daemon.server import Server, share
 from kvstore.errors import (
     ConfigError,
     CorruptError,
@@ -57,13 +59,16 @@ __all__ = [
     "PeerUnavailableError",
     "PrefixHasher",
     "Reservation",
+    "Server",
     "StorageError",
     "Store",
     "StoreClosedError",
     "StoreConfig",
     "Transfer",
     "TransferResult",
+    "connect",
     "hash_blocks",
     "load_config",
     "open",
+    "share",
 ]

@@ -126,6 +126,23 @@ class Namespace:
     hash_algorithm: str = "blake3"
     salt_digest: str = ""
 
+    @classmethod
+    def of(
+        cls, namespace: "Namespace | BlockSpec | str", spec: BlockSpec | None = None
+    ) -> "Namespace":
+        """Return a namespace from one, from a BlockSpec alone, or from a model's name and `spec`.
+
+        Raises:
+            ConfigError: a name without a spec.
+        """
+        if isinstance(namespace, Namespace):
+            return namespace
+        if isinstance(namespace, BlockSpec):
+            return cls(model="unnamed", spec=namespace)
+        if spec is None:
+            raise ConfigError(f"spec: the name {namespace!r} does not say what its blocks are")
+        return cls(model=namespace, spec=spec)
+
     def __post_init__(self, salt: bytes) -> None:
         _check_text("model", self.model, may_be_empty=False)
         _check_text("revision", self.revision, may_be_empty=True)

@@ -1,4 +1,4 @@
-"""`open` and `connect`: the two ways to a Store."""
+"""`kvstore.open`."""
 
 from __future__ import annotations
 
@@ -8,16 +8,6 @@ from kvstore.block import BlockSpec, Namespace
 from kvstore.config import StoreConfig, load_config
 from kvstore.store import Store
 from kvstore.tiers.local import LocalControl, Tiers
-
-
-def as_namespace(namespace: Namespace | BlockSpec | str, spec: BlockSpec | None) -> Namespace:
-    if isinstance(namespace, Namespace):
-        return namespace
-    if isinstance(namespace, BlockSpec):
-        return Namespace(model="unnamed", spec=namespace)
-    if spec is None:
-        raise TypeError("a model's name alone does not say its blocks: give spec=BlockSpec(...)")
-    return Namespace(model=namespace, spec=spec)
 
 
 def open_store(
@@ -41,7 +31,7 @@ def open_store(
         InUseError: another process holds the ssd directory.
         OutOfSpaceError: the memory cannot be had.
     """
-    name = as_namespace(namespace, spec)
+    name = Namespace.of(namespace, spec)
     chosen = config if config is not None else load_config(None, None, **settings)
     tiers = Tiers(chosen, name.spec.block_bytes)
     try:

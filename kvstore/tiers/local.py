@@ -7,7 +7,6 @@ namespace. The embedded store has one, a daemon has one for each client.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -20,7 +19,7 @@ from kvstore import _native
 from kvstore.block import BlockHashes, Namespace
 from kvstore.config import StoreConfig
 from kvstore.control import Ack, Granted, Offsets, Reserved
-from kvstore.errors import ConfigError, IncompatibleError, OutOfSpaceError, StoreClosedError
+from kvstore.errors import ConfigError, OutOfSpaceError, StoreClosedError
 from kvstore.events import Event, decode_events
 from kvstore.metrics import Counters
 from kvstore.tiers.promotion import Promoter
@@ -144,6 +143,10 @@ class LocalControl:
     @property
     def namespace_id(self) -> int:
         return self._id
+
+    @property
+    def tiers(self) -> Tiers:
+        return self._tiers
 
     @property
     def arena(self) -> npt.NDArray[np.uint8]:
@@ -308,11 +311,12 @@ class LocalControl:
     def flush(self, timeout: float) -> bool:
         return self._tiers.ssd is None or self._tiers.ssd.flush(timeout)
 
-    def events(self) -> Iterator[Event]:
+    def packed_events(self) -> bytes:
         self._tiers.enable_events()
-        return decode_events(
-            self._core.take_events(), self._id, self._namespace.spec.block_tokens
-        )
+        return self._core.take_events()
+
+    def events(self) -> Iterator[Event]:
+        return decode_events(self.packed_events(), self._id, self._namespace.spec.block_tokens)
 
     def stats(self) -> dict[str, Any]:
         return self._tiers.stats()
