@@ -55,7 +55,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def model() -> checkpoint.Checkpoint:
-    return checkpoint.make_random(size="tiny", seed=1)
+    return checkpoint.make_random(size="nano", seed=1)
 
 
 class Load:

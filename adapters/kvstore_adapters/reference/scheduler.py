@@ -99,8 +99,8 @@ class Scheduler:
         longest = len(request.prompt_token_ids) + request.max_new_tokens
         if self._pages_for(longest) > self._settings.num_pages:
             raise ConfigError(
-                f"num_pages: {self._settings.num_pages} pages of {self._settings.page_tokens} tokens "
-                f"cannot hold request {request.request_id!r} of up to {longest} tokens"
+                f"num_pages: {self._settings.num_pages} pages of {self._settings.page_tokens} "
+                f"tokens cannot hold request {request.request_id!r} of up to {longest} tokens"
             )
         self.waiting.append(sequence)
 
