@@ -45,7 +45,7 @@ from kvstore_adapters.reference.worker import (  # noqa: E402
 PAGE_TOKENS = 16
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
