@@ -59,7 +59,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -116,11 +116,15 @@ def test_logits_equal_transformers_with_chunked_prefill_and_paged_decode(
 def test_bfloat16_is_as_close_to_float32_as_transformers_is(tmp_path: Path) -> None:
     theirs, loaded = foreign(tmp_path, "llama", torch.bfloat16)
     assert loaded.config.dtype == torch.bfloat16
-    ours = run(new_model(loaded), PROMPT, [40], list(range(10)))[-1]
+    ends = list(range(5, len(PROMPT) + 1, 5))
+    ours = torch.stack(run(new_model(loaded), PROMPT, ends[:-1], list(range(10))))
+    at = torch.tensor(ends) - 1
     with torch.inference_mode():
-        rounded = theirs(torch.tensor([PROMPT])).logits[0, -1].float()
-        exact = theirs.float()(torch.tensor([PROMPT])).logits[0, -1]
-    assert (ours - exact).norm() < 1.5 * (rounded - exact).norm()
+        rounded = theirs(torch.tensor([PROMPT])).logits[0, at].float()
+        exact = theirs.float()(torch.tensor([PROMPT])).logits[0, at]
+    # Single positions differ by more than this either way; their median does not.
+    errors = [(logits - exact).norm(dim=1).median() for logits in (ours, rounded)]
+    assert errors[0] < 1.5 * errors[1]
 
 
 def test_sharded_checkpoint_is_read_whole(tmp_path: Path) -> None:
@@ -131,7 +135,7 @@ def test_sharded_checkpoint_is_read_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_bits_do_not_depend_on_chunks_or_neighbours(dtype: str, data: st.DataObject) -> None:
     """KV and last logits of PROMPT: in one piece, against drawn chunks each beside a drawn
@@ -139,10 +143,13 @@ def test_bits_do_not_depend_on_chunks_or_neighbours(dtype: str, data: st.DataObj
     """
     loaded = checkpoint.make_random(size="tiny", dtype=getattr(torch, dtype))
     whole, cut = new_model(loaded, 24), new_model(loaded, 24)
-    length = data.draw(st.integers(100, len(PROMPT)), label="length")
+    sizes = data.draw(
+        st.lists(st.sampled_from([1, 1, 2, 3, 7, 16, 29, 60]), min_size=3, max_size=12),
+        label="sizes",
+    )
+    edges = [0, *itertools.takewhile(lambda end: end <= len(PROMPT), itertools.accumulate(sizes))]
+    length = edges[-1]
     expected = run(whole, PROMPT[:length], [], list(range(10)))[-1]
-    cuts = sorted(data.draw(st.sets(st.integers(1, length - 1), max_size=6), label="cuts"))
-    edges = [0, *cuts, length]
     pages = [20, 3, 17, 8, 1, 11, 22, 5, 14, 9]
     for begin, end in itertools.pairwise(edges):
         batch = [Chunk(PROMPT[begin:end], begin, pages)]

@@ -45,7 +45,7 @@ from kvstore_adapters.reference.worker import (  # noqa: E402
 PAGE_TOKENS = 16
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -55,7 +55,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def model() -> checkpoint.Checkpoint:
-    return checkpoint.make_random(size="tiny", seed=1)
+    return checkpoint.make_random(size="nano", seed=1)
 
 
 class Load:

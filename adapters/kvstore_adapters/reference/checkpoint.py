@@ -26,9 +26,10 @@ COUNT_MAX = (
     1 << 24
 )  # no dimension of a real model is larger; keeps a foreign config from allocating
 
-# hidden, intermediate, layers, heads, kv heads; head_dim is 64. About 3, 23 and 100 million
-# parameters.
+# hidden, intermediate, layers, heads, kv heads; head_dim is 64. About 0.15 (for tests of other
+# things than numbers), 3, 23 and 100 million parameters.
 SIZES = {
+    "nano": (64, 160, 2, 2, 1),
     "tiny": (256, 704, 4, 4, 2),
     "small": (512, 1408, 8, 8, 2),
     "medium": (768, 2048, 16, 12, 4),

@@ -52,9 +52,7 @@ class Chunk:
 
 
 class Model:
-    """Weights and a KV pool. Not thread-safe. The pool may be read from other threads after
-    `on_layer`.
-    """
+    """Weights and a KV pool. Not thread-safe, but others may read a layer after `on_layer`."""
 
     def __init__(self, checkpoint: Checkpoint, pool: Tensor) -> None:
         self.config = checkpoint.config
@@ -68,8 +66,9 @@ class Model:
     def forward(
         self, batch: Sequence[Chunk], on_layer: Callable[[int], None] | None = None
     ) -> Tensor:
-        """Run the chunks, put their KV in the pool, and return float32 logits `[len(batch), vocab]`
-        of their last tokens.
+        """Run the chunks, put their KV in the pool, and return their last tokens' float32 logits.
+
+        The logits are `[len(batch), vocab]`.
 
         `on_layer(layer)` is called as soon as that layer's KV of the whole batch is in the pool.
         """
@@ -173,9 +172,7 @@ class Model:
         return out[chunk.start - first : chunk.end - first]
 
     def _gather(self, table: Tensor, layer: int, part: int, tokens: int, length: int) -> Tensor:
-        """Keys (part 0) or values (1) of a sequence's first `tokens` positions, then zeros up to
-        `length` (or beyond).
-        """
+        """Keys (part 0) or values (1) of the first `tokens` positions, then zeros to `length`."""
         used = table[: -(-tokens // self._page_tokens)]
         room = max(length, len(used) * self._page_tokens)
         out = self.pool.new_empty(room, *self.pool.shape[4:])

@@ -99,8 +99,8 @@ class Scheduler:
         longest = len(request.prompt_token_ids) + request.max_new_tokens
         if self._pages_for(longest) > self._settings.num_pages:
             raise ConfigError(
-                f"num_pages: {self._settings.num_pages} pages of {self._settings.page_tokens} tokens "
-                f"cannot hold request {request.request_id!r} of up to {longest} tokens"
+                f"num_pages: {self._settings.num_pages} pages of {self._settings.page_tokens} "
+                f"tokens cannot hold request {request.request_id!r} of up to {longest} tokens"
             )
         self.waiting.append(sequence)
 
@@ -113,9 +113,7 @@ class Scheduler:
             self.waiting.remove(sequence)
 
     def schedule(self) -> list[Work]:
-        """The next step's work; empty when nothing is left, or when all that could run is still
-        loading.
-        """
+        """The next step's work; empty when nothing is left or all that could run is loading."""
         for sequence in self.running:
             if sequence.loading is not None and sequence.loading.done():
                 self.finish_load(sequence)
@@ -149,9 +147,7 @@ class Scheduler:
             sequence.cached_tokens = sequence.computed
 
     def _admit(self) -> bool:
-        """Move the oldest waiting sequence to `running`, if it fits whole, with the pages of all
-        its tokens.
-        """
+        """Move the oldest waiting sequence to `running` if there are pages for all its tokens."""
         if not self.waiting or len(self.running) >= self._settings.sequences_max:
             return False
         sequence = self.waiting[0]
@@ -175,14 +171,10 @@ class Scheduler:
         return True
 
     def _grow(self, sequence: Sequence, tokens: int) -> bool:
-        """Give the sequence pages for its first `tokens` positions. False if it was itself the one
-        to give way.
-        """
+        """Give the sequence pages for `tokens` positions; False if it had to give way itself."""
         missing = self._pages_for(tokens) - len(sequence.pages)
         while missing > self.pages.pages_free:
             victim = self.running.pop()
-            if victim.loading is not None:
-                self.finish_load(victim)  # the load still writes to the pages
             self._release(victim)
             victim.preemptions += 1
             self.waiting.appendleft(victim)
@@ -194,7 +186,7 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         if sequence.loading is not None:
-            self.finish_load(sequence)
+            self.finish_load(sequence)  # it still writes to the pages
         self.pages.release(sequence.pages)
         sequence.pages = []
         sequence.computed = 0

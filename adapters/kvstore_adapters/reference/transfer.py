@@ -41,19 +41,16 @@ class BlockSave:
 
 
 class KVTransfer(Protocol):
-    """Called from the worker's thread only. No method may raise for a miss, a full store or a lost
-    peer.
+    """Called from the worker's thread only. A miss, a full store or a lost peer never raises.
+
+    Sequences passed in are the worker's own and change after the call: copy what is needed later.
     """
 
     def attach(self, pool: Tensor) -> None:
-        """Once, before anything else: the pool `[pages, layers, 2, page_tokens, kv_heads,
-        head_dim]`.
-        """
+        """Once, before anything else, with the worker's pool (its shape: see `model`)."""
 
     def match(self, token_ids: Sequence[int], blocks_max: int) -> int:
-        """How many full blocks of these tokens, from the first on and at most blocks_max, a load
-        would find now.
-        """
+        """How many full blocks, from the first on and up to blocks_max, a load would find now."""
 
     def load(self, request_id: str, token_ids: Sequence[int], pages: Sequence[int]) -> PendingLoad:
         """Start to bring the first len(pages) blocks into those pages."""

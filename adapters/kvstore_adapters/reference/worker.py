@@ -90,7 +90,7 @@ class ReferenceWorker:
             self._scheduler.remove(sequence)
 
     def step(self) -> list[Output]:
-        """Compute one batch. Returns the new tokens, which may be none while prompts are prefilled."""
+        """Compute one batch and return the new tokens: none, maybe, while prompts are prefilled."""
         plan = self._scheduler.schedule()
         if not plan:
             loading = [s for s in self._scheduler.running if s.loading is not None]
