@@ -161,7 +161,8 @@ class RemoteControl:
         return int(self._value(wire.Match(_chain(hashes))))
 
     def residency(self, hashes: BlockHashes) -> npt.NDArray[np.uint8]:
-        return np.frombuffer(self._value(wire.Residency(_chain(hashes))), np.uint8)
+        reply = self._ask(wire.Residency(_chain(hashes)), wire.Packed)
+        return np.frombuffer(reply.data, np.uint8)
 
     def wait_for(self, hashes: BlockHashes, want: int, timeout: float) -> int:
         return int(self._value(wire.WaitFor(_chain(hashes), want, timeout), timeout))
@@ -216,9 +217,9 @@ class RemoteControl:
         return bool(self._value(wire.Flush(timeout), timeout))
 
     def events(self) -> Iterator[Event]:
-        reply = self._value(wire.Events())
-        packed, namespace_id = reply[4:], int.from_bytes(reply[:4], "little")
-        return decode_events(packed, namespace_id, self._namespace.spec.block_tokens)
+        data = self._ask(wire.Events(), wire.Packed).data
+        namespace_id = int.from_bytes(data[:4], "little")
+        return decode_events(data[4:], namespace_id, self._namespace.spec.block_tokens)
 
     def stats(self) -> dict[str, Any]:
         return dict(self._value(wire.Stats()))

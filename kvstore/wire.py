@@ -118,9 +118,15 @@ class Stats(Message, tag="stats"):
 
 
 class Value(Message, tag="value"):
-    """A reply of one value: a number, text, packed array or mapping."""
+    """A reply of one value."""
 
-    value: int | float | bool | str | bytes | dict[str, int | float] | None
+    value: int | float | bool | str | dict[str, int | float] | None
+
+
+class Packed(Message, tag="packed"):
+    """A reply of packed rows."""
+
+    data: bytes
 
 
 class Grants(Message, tag="grants"):
@@ -152,7 +158,7 @@ Request = (
     Hello | Match | Residency | WaitFor | Acquire | Release | Reserve | Commit | Abort | Prefetch
     | Remove | Corrupt | Clear | Flush | Events | Stats
 )  # fmt: skip
-Reply = Welcome | Value | Grants | Slots | Failure
+Reply = Welcome | Value | Packed | Grants | Slots | Failure
 
 _encoder = msgspec.msgpack.Encoder()
 _requests = msgspec.msgpack.Decoder(Request)

@@ -295,7 +295,7 @@ def _commit(control: LocalControl, request: wire.Commit) -> wire.Reply:
 
 
 def _events(control: LocalControl, _: wire.Events) -> wire.Reply:
-    return wire.Value(control.namespace_id.to_bytes(4, "little") + control.packed_events())
+    return wire.Packed(control.namespace_id.to_bytes(4, "little") + control.packed_events())
 
 
 def _value(ask: Callable[[LocalControl, Any], Any]) -> Callable[[LocalControl, Any], wire.Reply]:
@@ -308,7 +308,7 @@ _HANDLERS: dict[type, Callable[[LocalControl, Any], wire.Reply]] = {
     wire.Commit: _commit,
     wire.Events: _events,
     wire.Match: _value(lambda c, r: c.match(_hashes(r.chain))),
-    wire.Residency: _value(lambda c, r: c.residency(_hashes(r.chain)).tobytes()),
+    wire.Residency: lambda c, r: wire.Packed(c.residency(_hashes(r.chain)).tobytes()),
     wire.WaitFor: _value(lambda c, r: c.wait_for(_hashes(r.chain), r.want, _timeout(r.timeout))),
     wire.Release: _value(lambda c, r: c.release(r.lease)),
     wire.Abort: _value(lambda c, r: c.abort(r.reservation)),

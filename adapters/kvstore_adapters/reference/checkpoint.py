@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from kvstore.errors import ConfigError, IncompatibleError
+from kvstore import ConfigError, IncompatibleError
 
 from . import safetensors
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from kvstore.errors import ConfigError, OutOfSpaceError
+from kvstore import ConfigError, OutOfSpaceError
 
 
 class PagePool:

@@ -17,7 +17,7 @@ from typing import Any, TypeGuard
 
 import torch
 
-from kvstore.errors import ConfigError, IncompatibleError
+from kvstore import ConfigError, IncompatibleError
 
 HEADER_BYTES_MAX = 100 << 20  # the limit that the format itself sets
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from kvstore.errors import ConfigError
+from kvstore import ConfigError
 
 from .pages import PagePool
 from .transfer import KVTransfer, PendingLoad

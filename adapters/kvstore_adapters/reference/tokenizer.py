@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from kvstore.errors import ConfigError, IncompatibleError
+from kvstore import ConfigError, IncompatibleError
 
 BEGIN_ID = 256
 END_ID = 257

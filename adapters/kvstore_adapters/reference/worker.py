@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kvstore.errors import ConfigError
+from kvstore import ConfigError
 
 from .checkpoint import Checkpoint
 from .model import Chunk, Model, new_pool
