@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from kvstore import _native
 from kvstore.errors import ConfigError
@@ -138,4 +139,5 @@ def as_block_ids(block_ids: object) -> npt.NDArray[np.int64]:
         ids = ids.astype(np.int64)
     if ids.ndim != 1:
         raise ValueError(f"block_ids must have one dimension, not {ids.ndim}")
-    return np.ascontiguousarray(ids)
+    contiguous: npt.NDArray[np.int64] = np.ascontiguousarray(ids)
+    return contiguous

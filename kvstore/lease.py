@@ -111,8 +111,9 @@ class Lease:
 
     def _still_there(self, chosen: slice) -> npt.NDArray[np.bool_]:
         words = self._control.arena.view(np.uint64)
-        return words[self._granted.header_offsets[chosen] >> np.uint64(3)] == (
-            self._granted.sequences[chosen]
+        return (
+            words[self._granted.header_offsets[chosen] >> np.uint64(3)]
+            == (self._granted.sequences[chosen])
         )
 
     def release(self) -> None:

@@ -176,7 +176,7 @@ class Store:
         return self.control.match(BlockHashes.of(hashes))
 
     def wait_for(self, hashes: Hashes, num_blocks: int | None = None, timeout: float = 10.0) -> int:
-        """Wait until `num_blocks` (default: all) leading blocks are available; return how many are."""
+        """Wait until `num_blocks` (default: all) leading blocks are there; return how many are."""
         chain = BlockHashes.of(hashes)
         want = len(chain) if num_blocks is None else num_blocks
         return self.control.wait_for(chain, want, timeout)
@@ -221,8 +221,8 @@ class Store:
             timeout: seconds to wait for lower tiers.
 
         Returns:
-            A transfer whose `num_blocks` leading blocks hold exactly the bytes that were put. Engine
-            blocks after those may hold anything.
+            A transfer whose `num_blocks` leading blocks hold exactly the bytes that were put.
+            Engine blocks after those may hold anything.
         """
         chain = BlockHashes.of(hashes)
         ids = self._ids(chain, block_ids)
@@ -330,9 +330,7 @@ class Store:
     def result_of(self, counts: npt.NDArray[np.int64], ack: str) -> TransferResult:
         """Return a put's result from its counts by reserve status."""
         stored, present, pending, no_space, orphan = (int(count) for count in counts)
-        return TransferResult(
-            stored + present, stored, present, pending, no_space, orphan, ack=ack
-        )
+        return TransferResult(stored + present, stored, present, pending, no_space, orphan, ack=ack)
 
     # --- keeping and removing
 
@@ -365,7 +363,7 @@ class Store:
     # --- watching and ending
 
     def events(self) -> Iterator[Event]:
-        """Yield what happened since the last call; see `kvstore.events`. The first call starts it."""
+        """Yield what happened since the last call (the first call starts it); see `events.py`."""
         return self.control.events()
 
     def stats(self) -> dict[str, Any]:
@@ -377,7 +375,7 @@ class Store:
         return self.control.flush(timeout)
 
     def close(self) -> None:
-        """Wait for running transfers, end leases and pins, release the store. Safe to call twice."""
+        """Wait for running transfers, end leases and pins, release all. Safe to call twice."""
         if self._closed:
             return
         if self._pool is not None:

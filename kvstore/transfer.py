@@ -65,7 +65,7 @@ class Transfer:
             raise DeadlineExceededError(f"transfer not done after {timeout} s") from None
 
     def then(self, callback: Callable[[], None]) -> None:
-        """Call `callback` once the transfer is done, at once when it is; on the finishing thread."""
+        """Call `callback` when the transfer is done, on the finishing thread; at once if it is."""
         if self._future is None:
             callback()
         else:

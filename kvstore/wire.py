@@ -183,7 +183,10 @@ def receive_request(connection: socket.socket) -> Request | None:
         IncompatibleError: what arrived is not a request of this protocol.
     """
     body = _receive_body(connection)
-    return None if body is None else _decode(_requests, body)
+    if body is None:
+        return None
+    request: Request = _decode(_requests, body)
+    return request
 
 
 def receive_reply(connection: socket.socket) -> Reply:
@@ -196,7 +199,8 @@ def receive_reply(connection: socket.socket) -> Reply:
     body = _receive_body(connection)
     if body is None:
         raise PeerUnavailableError("the daemon closed the connection")
-    return _decode(_replies, body)
+    reply: Reply = _decode(_replies, body)
+    return reply
 
 
 def receive_welcome(connection: socket.socket) -> tuple[Reply, int | None]:

@@ -163,7 +163,9 @@ class Server:
         if hello is None:
             raise PeerUnavailableError("closed before Hello")
         if not isinstance(hello, wire.Hello) or hello.version != wire.VERSION:
-            raise IncompatibleError(f"the daemon speaks protocol {wire.VERSION} and wants Hello first")
+            raise IncompatibleError(
+                f"the daemon speaks protocol {wire.VERSION} and wants Hello first"
+            )
         try:
             namespace = Namespace.from_description(hello.namespace)
             token = self._join(hello.client, namespace)

@@ -74,8 +74,8 @@ class SsdSide:
             namespace = Namespace.from_description(json.loads(description))
             if namespace.digest != digest:
                 raise IncompatibleError(
-                    f"ssd: namespace {namespace.model!r} in {self._tier.config.path} was written by "
-                    "a version that names it differently"
+                    f"ssd: namespace {namespace.model!r} in {self._tier.config.path} was written "
+                    "by a version that names it differently"
                 )
             yield digest, namespace
 
@@ -149,9 +149,7 @@ class SsdSide:
         _, first = np.unique(hashes, axis=0, return_index=True)
         return np.ascontiguousarray(hashes[np.sort(first)])
 
-    def _write_blocks(
-        self, number: int, hashes: npt.NDArray[np.uint8], durable: bool
-    ) -> None:
+    def _write_blocks(self, number: int, hashes: npt.NDArray[np.uint8], durable: bool) -> None:
         block_bytes = self._specs[number].spec.block_bytes
         step = max(1, WriteBehind.BATCH_BYTES // block_bytes)
         for first in range(0, len(hashes), step):
@@ -240,7 +238,7 @@ class SsdSide:
         self._core.move_ssd(np.ascontiguousarray(before[at]), moved)
 
     def _forget_garbage(self) -> None:
-        """Delete the records of copies that the core gave up, unless the block lies elsewhere now."""
+        """Delete records of copies that the core gave up, unless the block lies elsewhere now."""
         garbage = records_from(self._core.take_garbage())
         for number in np.unique(garbage["namespace"]).tolist():
             hashes = np.ascontiguousarray(garbage["hash"][garbage["namespace"] == number])
@@ -266,11 +264,11 @@ class SsdSide:
         self._counters.add("ssd_read_bytes", int(rows["stored_bytes"][ok].sum(dtype=np.int64)))
         return ok
 
-    def _read_raw(
-        self, rows: Records, addresses: npt.NDArray[np.uint64]
-    ) -> npt.NDArray[np.bool_]:
+    def _read_raw(self, rows: Records, addresses: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
         return self._tier.read(
-            *(np.ascontiguousarray(rows[name]) for name in ("segment", "page", "stored_bytes")),
+            np.ascontiguousarray(rows["segment"]),
+            np.ascontiguousarray(rows["page"]),
+            np.ascontiguousarray(rows["stored_bytes"]),
             np.ascontiguousarray(rows["stored_checksum"]),
             np.ascontiguousarray(addresses),
         )
@@ -286,9 +284,7 @@ class SsdSide:
         spec = self._specs[number].spec
         try:
             codec = self._codec(number, codec_id)
-            ok[ok] = codec.decode(
-                starts[ok], lengths[ok], addresses[ok], spec.block_bytes, spec
-            )
+            ok[ok] = codec.decode(starts[ok], lengths[ok], addresses[ok], spec.block_bytes, spec)
         except KVStoreError as error:
             log.warning("cannot decode blocks of codec %d: %s", codec_id, error)
             ok[:] = False

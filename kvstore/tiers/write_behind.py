@@ -84,9 +84,7 @@ class WriteBehind:
     def flush(self, timeout: float) -> bool:
         """Wait until everything queued so far is written; False when `timeout` seconds went by."""
         with self._condition:
-            return self._condition.wait_for(
-                lambda: not self._jobs and not self._writing, timeout
-            )
+            return self._condition.wait_for(lambda: not self._jobs and not self._writing, timeout)
 
     def close(self, timeout: float) -> bool:
         """Write what is queued, for at most `timeout` seconds, then end the thread."""
@@ -116,7 +114,7 @@ class WriteBehind:
         while batch := self._take():
             try:
                 self._write(batch)
-            except Exception as error:  # noqa: BLE001 - the thread must outlive any failed step
+            except Exception as error:
                 self._counters.add("background_errors")
                 log.exception("write-behind step failed")
                 for job in batch:
