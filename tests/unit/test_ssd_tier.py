@@ -300,6 +300,20 @@ def test_a_full_disk_on_opening_is_a_clear_error(small_disk: Path) -> None:
         open_tier(small_disk / "ssd")
 
 
+def test_a_full_disk_can_still_be_opened_and_read(small_disk: Path, kind: str) -> None:
+    with open_tier(small_disk / "ssd", kind, capacity_bytes=64 << 20) as tier:
+        ok = int(write(tier, list(range(1000))).ok.sum())
+    with open(small_disk / "ballast", "w+b") as file:
+        os.posix_fallocate(file.fileno(), 0, os.statvfs(small_disk).f_bavail * 4096)
+    with open_tier(small_disk / "ssd", kind, capacity_bytes=64 << 20) as tier:
+        assert len(contents(tier)) == ok
+        assert None not in contents(tier).values()
+        assert not write(tier, [5000], 600_000).ok.any()
+        # The first segment freed may go to the index.
+        while not write(tier, [5000]).ok.all():
+            assert tier.reclaim(keep(0.0)) is not None
+
+
 _FILE_SIZE = """
 import resource, sys
 from pathlib import Path
