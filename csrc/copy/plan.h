@@ -10,6 +10,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 #include <vector>
 
 namespace kvstore {
@@ -24,11 +25,30 @@ struct Run {
     std::uint32_t bytes = 0;
 };
 
+// Memory [begin, end) that some engine block touches.
+struct PlanExtent {
+    std::uintptr_t begin;
+    std::uintptr_t end;
+};
+
 struct CopyPlan {
     std::vector<Run> runs;          // in ascending block_offset; together they cover the block
     std::uint64_t block_bytes = 0;  // payload of one canonical block
     std::int64_t num_blocks = 0;    // engine block ids are in [0, num_blocks)
     bool in_order = false;          // runs are ascending and gapless, pieces too: payload order
+    bool whole_stripes = false;     // all pieces but the payload's last are multiples of 64 bytes
+    bool writable = true;           // scatters into these tensors are allowed
+    std::vector<PlanExtent> extents;    // sorted and disjoint: the engine memory of all blocks
 };
+
+// Checks `runs`, in any order, and makes the plan that is in payload order: every piece is looked
+// at by itself, then neighbours are merged again into the fewest runs.
+// Returns an empty string, or what is wrong: the pieces of a block must cover [0, block_bytes)
+// exactly once, and must not overlap in engine memory.
+std::string MakePlan(const std::vector<Run> &runs, std::uint64_t block_bytes,
+                     std::int64_t num_blocks, CopyPlan *plan);
+
+// True when [begin, begin + bytes) shares a byte with the engine memory of the plan.
+bool TouchesEngine(const CopyPlan &plan, std::uintptr_t begin, std::uint64_t bytes);
 
 }  // namespace kvstore

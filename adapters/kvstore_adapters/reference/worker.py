@@ -1,0 +1,175 @@
+"""One worker of the reference inference server: requests in, tokens out, KV through a KVTransfer.
+
+The same class prefills, decodes, or does both. Disaggregated: the prefill worker gets the request
+with max_new_tokens=1, saves its full blocks and puts out the first token; the decode worker gets
+the request with that token in output_token_ids, loads the blocks, computes the prompt's tail, and
+goes on.
+"""
+
+from __future__ import annotations
+
+import enum
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kvstore.errors import ConfigError
+
+from .checkpoint import Checkpoint
+from .model import Chunk, Model, new_pool
+from .sampling import sample
+from .scheduler import Request, Scheduler, Sequence, Work, WorkerSettings
+from .transfer import BlockSave, KVTransfer, NoTransfer
+
+
+class FinishReason(enum.Enum):
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True)
+class RequestMetrics:
+    """Times are of the worker's clock, in seconds."""
+
+    arrival_s: float
+    first_token_s: float  # the first one that this worker put out
+    finish_s: float
+    prompt_tokens: int
+    output_tokens: int
+    cached_tokens: int  # came from the store when the request first started
+    preemptions: int
+
+
+@dataclass(frozen=True)
+class Output:
+    """One new token. The last one of a request carries why it ended, and its metrics."""
+
+    request_id: str
+    token_id: int
+    finish_reason: FinishReason | None = None
+    metrics: RequestMetrics | None = None
+
+
+class ReferenceWorker:
+    """Call `step` while `has_work`. Not thread-safe."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        settings: WorkerSettings | None = None,
+        transfer: KVTransfer | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._settings = settings or WorkerSettings()
+        self._transfer = transfer or NoTransfer()
+        self._clock = clock
+        pool = new_pool(checkpoint.config, self._settings.num_pages, self._settings.page_tokens)
+        self._model = Model(checkpoint, pool)
+        self._scheduler = Scheduler(self._settings, self._transfer)
+        self._sequences: dict[str, Sequence] = {}
+        self._transfer.attach(pool)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._sequences)
+
+    @property
+    def pages_free(self) -> int:
+        return self._scheduler.pages.pages_free
+
+    def add_request(self, request: Request) -> None:
+        self._check(request)
+        sequence = Sequence(request, self._clock())
+        self._scheduler.add(sequence)
+        self._sequences[request.request_id] = sequence
+
+    def cancel(self, request_id: str) -> None:
+        """Drop a request; one that is unknown or has finished is ignored."""
+        sequence = self._sequences.pop(request_id, None)
+        if sequence is not None:
+            self._scheduler.remove(sequence)
+
+    def step(self) -> list[Output]:
+        """Compute one batch. Returns the new tokens, which may be none while prompts are prefilled."""
+        plan = self._scheduler.schedule()
+        if not plan:
+            loading = [s for s in self._scheduler.running if s.loading is not None]
+            if not loading:
+                return []
+            self._scheduler.finish_load(loading[0])
+            plan = self._scheduler.schedule()
+        saves = [save for work in plan for save in self._completed_blocks(work)]
+        chunks = [_chunk(work) for work in plan]
+        if saves:
+            self._transfer.begin_save(saves)
+            logits = self._model.forward(chunks, self._transfer.save_layer)
+            self._transfer.end_save()
+        else:
+            logits = self._model.forward(chunks)
+        outputs = []
+        for row, work in enumerate(plan):
+            sequence, request = work.sequence, work.sequence.request
+            sequence.computed += work.count
+            position = len(sequence.tokens)
+            if sequence.computed == position:
+                token = sample(logits[row], request.temperature, request.seed, position)
+                outputs.append(self._put_out(sequence, token))
+        return outputs
+
+    def _check(self, request: Request) -> None:
+        config = self._model.config
+        tokens = request.prompt_token_ids + request.output_token_ids
+        if request.request_id in self._sequences:
+            raise ConfigError(f"request_id: {request.request_id!r} is already running")
+        if not request.prompt_token_ids:
+            raise ConfigError("prompt_token_ids: empty")
+        if not all(0 <= token < config.vocab_size for token in tokens):
+            raise ConfigError(f"prompt_token_ids: not all in 0..{config.vocab_size - 1}")
+        if request.max_new_tokens <= len(request.output_token_ids):
+            raise ConfigError(
+                f"max_new_tokens: {request.max_new_tokens} leaves nothing to generate"
+            )
+        if len(request.prompt_token_ids) + request.max_new_tokens > config.positions_max:
+            raise ConfigError(f"max_new_tokens: the model has {config.positions_max} positions")
+        if not request.temperature >= 0 or not 0 <= request.seed < 1 << 32:
+            raise ConfigError("temperature: must not be negative; seed: must fit 32 bits")
+
+    def _completed_blocks(self, work: Work) -> list[BlockSave]:
+        sequence, page_tokens = work.sequence, self._settings.page_tokens
+        first = sequence.computed // page_tokens
+        end = (sequence.computed + work.count) // page_tokens
+        if first == end:
+            return []
+        tokens = sequence.tokens[: end * page_tokens]
+        pages = sequence.pages[first:end]
+        return [BlockSave(sequence.request.request_id, tokens, first, pages)]
+
+    def _put_out(self, sequence: Sequence, token: int) -> Output:
+        request = sequence.request
+        sequence.tokens.append(token)
+        if sequence.first_token_s is None:
+            sequence.first_token_s = self._clock()
+        if token in request.stop_token_ids:
+            reason = FinishReason.STOP
+        elif sequence.output_count >= request.max_new_tokens:
+            reason = FinishReason.LENGTH
+        else:
+            return Output(request.request_id, token)
+        self._scheduler.remove(sequence)
+        del self._sequences[request.request_id]
+        metrics = RequestMetrics(
+            arrival_s=sequence.arrival_s,
+            first_token_s=sequence.first_token_s,
+            finish_s=self._clock(),
+            prompt_tokens=len(request.prompt_token_ids),
+            output_tokens=sequence.output_count,
+            cached_tokens=sequence.cached_tokens or 0,
+            preemptions=sequence.preemptions,
+        )
+        return Output(request.request_id, token, reason, metrics)
+
+
+def _chunk(work: Work) -> Chunk:
+    sequence = work.sequence
+    tokens = sequence.tokens[sequence.computed : sequence.computed + work.count]
+    return Chunk(tokens, sequence.computed, sequence.pages)

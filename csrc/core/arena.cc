@@ -1,0 +1,164 @@
+#include "core/arena.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <new>
+
+#include "core/check.h"
+
+namespace kvstore {
+
+namespace {
+
+constexpr char kArenaMagic[8] = {'k', 'v', 'a', 'r', 'e', 'n', 'a', '1'};
+
+std::size_t RoundUp(std::size_t bytes) { return (bytes + kPageBytes - 1) & ~(kPageBytes - 1); }
+
+std::string Describe(const char *what, int error) {
+    return std::string(what) + ": " + std::strerror(error);
+}
+
+}  // namespace
+
+std::unique_ptr<Arena> Arena::Create(std::size_t bytes, std::size_t chunk_bytes, bool huge_pages,
+                                     std::string *error) {
+    KV_CHECK(chunk_bytes > 0 && chunk_bytes % kPageBytes == 0 && chunk_bytes <= bytes);
+    const std::size_t huge_bytes = std::size_t{2} << 20;
+    std::size_t total = kPageBytes + bytes / chunk_bytes * chunk_bytes;
+    if (huge_pages) total = (total + huge_bytes - 1) / huge_bytes * huge_bytes;
+    const unsigned flags = MFD_CLOEXEC | MFD_ALLOW_SEALING | (huge_pages ? MFD_HUGETLB : 0u);
+    const int fd = memfd_create("kvstore-arena", flags);
+    if (fd < 0) {
+        *error = Describe("memfd_create", errno);
+        return nullptr;
+    }
+    const int failed = posix_fallocate(fd, 0, static_cast<off_t>(total));
+    if (failed != 0) {
+        *error = Describe("posix_fallocate", failed);
+        close(fd);
+        return nullptr;
+    }
+    fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW);
+    void *base = mmap(nullptr, total, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, 0);
+    if (base == MAP_FAILED) {
+        *error = Describe("mmap", errno);
+        close(fd);
+        return nullptr;
+    }
+    std::memcpy(base, kArenaMagic, sizeof(kArenaMagic));
+    return std::unique_ptr<Arena>(
+        new Arena(fd, static_cast<std::uint8_t *>(base), total, chunk_bytes));
+}
+
+Arena::Arena(int fd, std::uint8_t *base, std::size_t bytes, std::size_t chunk_bytes)
+    : fd_(fd), base_(base), bytes_(bytes), chunk_bytes_(chunk_bytes) {
+    chunks_.resize((bytes - kPageBytes) / chunk_bytes);
+    for (std::uint32_t chunk = num_chunks(); chunk-- > 0;) unassigned_.push_back(chunk);
+}
+
+Arena::~Arena() {
+    munmap(base_, bytes_);
+    close(fd_);
+}
+
+bool Arena::FindOrAddClass(std::size_t payload_bytes, SizeClass *size_class) {
+    const std::size_t slot_bytes = RoundUp(payload_bytes);
+    for (SizeClass i = 0; i < classes_.size(); ++i) {
+        if (classes_[i].slot_bytes == slot_bytes) {
+            *size_class = i;
+            return true;
+        }
+    }
+    Class made;
+    made.slot_bytes = slot_bytes;
+    std::size_t slots = chunk_bytes_ / slot_bytes;
+    while (slots > 0 && RoundUp(slots * sizeof(SlotHeader)) + slots * slot_bytes > chunk_bytes_) {
+        --slots;
+    }
+    if (slots == 0) return false;
+    made.slots_per_chunk = static_cast<SlotId>(slots);
+    made.header_bytes = RoundUp(slots * sizeof(SlotHeader));
+    classes_.push_back(std::move(made));
+    if (classes_.size() == 2) {  // the first class was alone and kept its empty chunks
+        for (std::uint32_t chunk = 0; chunk < num_chunks(); ++chunk) {
+            if (chunks_[chunk].owner == 0 && chunks_[chunk].used == 0) ReturnChunk(0, chunk);
+        }
+    }
+    *size_class = static_cast<SizeClass>(classes_.size() - 1);
+    return true;
+}
+
+SlotId Arena::Allocate(SizeClass size_class) {
+    Class &owner = classes_[size_class];
+    if (owner.free.empty()) {
+        if (unassigned_.empty()) return kNoSlot;
+        const std::uint32_t chunk = unassigned_.back();
+        unassigned_.pop_back();
+        chunks_[chunk].owner = size_class;
+        ++owner.num_chunks;
+        const SlotId first = chunk * owner.slots_per_chunk;
+        for (SlotId i = owner.slots_per_chunk; i-- > 0;) {
+            new (&header(size_class, first + i)) SlotHeader{};
+            owner.free.push_back(first + i);
+        }
+    }
+    const SlotId slot = owner.free.back();
+    owner.free.pop_back();
+    ++chunks_[slot / owner.slots_per_chunk].used;
+    used_bytes_ += owner.slot_bytes;
+    return slot;
+}
+
+void Arena::Free(SizeClass size_class, SlotId slot) {
+    Class &owner = classes_[size_class];
+    const std::uint32_t chunk = slot / owner.slots_per_chunk;
+    KV_CHECK(chunks_[chunk].owner == size_class && chunks_[chunk].used > 0);
+    owner.free.push_back(slot);
+    used_bytes_ -= owner.slot_bytes;
+    // A lone class keeps its chunks: nobody else could use them.
+    if (--chunks_[chunk].used == 0 && classes_.size() > 1) ReturnChunk(size_class, chunk);
+}
+
+void Arena::ReturnChunk(SizeClass size_class, std::uint32_t chunk) {
+    Class &owner = classes_[size_class];
+    std::erase_if(owner.free, [&](SlotId slot) { return slot / owner.slots_per_chunk == chunk; });
+    chunks_[chunk].owner = UINT32_MAX;
+    --owner.num_chunks;
+    unassigned_.push_back(chunk);
+}
+
+SlotId Arena::num_slots(SizeClass size_class) const {
+    return num_chunks() * classes_[size_class].slots_per_chunk;
+}
+
+SlotId Arena::slots_per_chunk(SizeClass size_class) const {
+    return classes_[size_class].slots_per_chunk;
+}
+
+std::uint32_t Arena::num_chunks_of(SizeClass size_class) const {
+    return classes_[size_class].num_chunks;
+}
+
+bool Arena::chunk_belongs(std::uint32_t chunk, SizeClass size_class) const {
+    return chunks_[chunk].owner == size_class;
+}
+
+std::uint64_t Arena::payload_offset(SizeClass size_class, SlotId slot) const {
+    const Class &owner = classes_[size_class];
+    const std::uint32_t chunk = slot / owner.slots_per_chunk;
+    return chunk_offset(chunk) + owner.header_bytes +
+           (slot % owner.slots_per_chunk) * owner.slot_bytes;
+}
+
+std::uint64_t Arena::header_offset(SizeClass size_class, SlotId slot) const {
+    const Class &owner = classes_[size_class];
+    const std::uint32_t chunk = slot / owner.slots_per_chunk;
+    return chunk_offset(chunk) + (slot % owner.slots_per_chunk) * sizeof(SlotHeader);
+}
+
+}  // namespace kvstore

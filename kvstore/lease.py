@@ -1,0 +1,139 @@
+"""Lease: blocks pinned for a reader until it is released, expires, or its holder dies."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from kvstore import _native
+from kvstore.block import BlockHashes
+from kvstore.buffers import as_block_ids
+from kvstore.control import Control, Granted
+from kvstore.errors import ConfigError, StoreClosedError
+from kvstore.layout import BlockBuffers
+
+
+class Lease:
+    """Leading blocks of a chain, pinned in the cpu tier.
+
+    Use it as a context manager. The bytes stay in place until the lease is released; a lease that
+    outlives its time is noticed after the copy, and what was copied does not count.
+
+    Thread safety: `load` may run on several threads; `release` once.
+    """
+
+    __slots__ = ("_control", "_granted", "_hashes", "_released", "_threads", "_verify")
+
+    def __init__(
+        self, control: Control, hashes: BlockHashes, granted: Granted, verify: bool, threads: int
+    ) -> None:
+        self._control = control
+        self._hashes = hashes
+        self._granted = granted
+        self._verify = verify
+        self._threads = threads
+        self._released = granted.lease == 0
+
+    @property
+    def num_blocks(self) -> int:
+        """How many leading blocks are pinned."""
+        return len(self._granted.offsets)
+
+    def __len__(self) -> int:
+        return self.num_blocks
+
+    def load(
+        self,
+        buffers: BlockBuffers,
+        block_ids: object,
+        *,
+        first: int = 0,
+        layers: tuple[int, int] | None = None,
+    ) -> int:
+        """Copy pinned blocks `first, first + 1, ...` into engine blocks `block_ids`.
+
+        Args:
+            buffers: where the engine's blocks lie; see `kvstore.PagedBuffers`.
+            block_ids: engine block for each block, shape (n,).
+            first: which of the pinned blocks is the first.
+            layers: copy only layers [a, b), for loads that overlap the forward pass.
+
+        Returns:
+            How many leading blocks arrived with exactly their bytes. Fewer than asked for when the
+            lease had expired or, with verify="always", when a block failed its checksum; the engine
+            blocks after those hold garbage.
+
+        Raises:
+            StoreClosedError: the lease was released.
+            ConfigError: more blocks than are pinned, or buffers of another block size.
+            IndexError: a block id out of range.
+        """
+        if self._released:
+            raise StoreClosedError("the lease was released")
+        buffers.require_writable()
+        ids = as_block_ids(block_ids)
+        granted = self._granted
+        chosen = slice(first, first + len(ids))
+        offsets = granted.offsets[chosen]
+        if first < 0 or len(offsets) != len(ids):
+            raise ConfigError(
+                f"block_ids: {len(ids)} from block {first} on, but {self.num_blocks} are pinned"
+            )
+        arena = self._control.arena
+        addresses = offsets + np.uint64(arena.ctypes.data)
+        num_good = len(ids)
+        if layers is not None:
+            begin, end = buffers.layer_range(layers[0], layers[1] - layers[0])
+            _native.scatter_range(buffers.plan, ids, addresses, begin, end, self._threads)
+        elif self._verify:
+            sums = np.empty(len(ids), np.uint64)
+            _native.scatter(buffers.plan, ids, addresses, sums, self._threads)
+            num_good = _leading(sums == granted.checksums[chosen])
+            if num_good < len(ids):
+                self._control.report_corrupt(self._hashes[first + num_good])
+        else:
+            _native.scatter(buffers.plan, ids, addresses, None, self._threads)
+        return min(num_good, _leading(self._still_there(chosen)))
+
+    def block(self, index: int) -> npt.NDArray[np.uint8]:
+        """Return a read-only view of one block's bytes, shape (block_bytes,), no copy.
+
+        The view is valid while the lease is held.
+        """
+        if self._released:
+            raise StoreClosedError("the lease was released")
+        offset = int(self._granted.offsets[index])
+        view = self._control.arena[offset : offset + self._control.namespace.spec.block_bytes]
+        view.flags.writeable = False
+        return view
+
+    def _still_there(self, chosen: slice) -> npt.NDArray[np.bool_]:
+        words = self._control.arena.view(np.uint64)
+        return words[self._granted.header_offsets[chosen] >> np.uint64(3)] == (
+            self._granted.sequences[chosen]
+        )
+
+    def release(self) -> None:
+        """Unpin the blocks. Further calls do nothing."""
+        if not self._released:
+            self._released = True
+            self._control.release(self._granted.lease)
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.release()
+
+
+def _leading(good: npt.NDArray[np.bool_]) -> int:
+    """Return how many leading elements are True."""
+    bad = np.flatnonzero(~good)
+    return int(bad[0]) if len(bad) else len(good)

@@ -1,0 +1,329 @@
+"""The tiers of one process: DRAM in the native core, below it an ssd, and what moves between them.
+
+`Tiers` is shared by all namespaces and clients; `LocalControl` is one client's view of one
+namespace. The embedded store has one, a daemon has one for each client.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvstore import _native
+from kvstore.block import BlockHashes, Namespace
+from kvstore.config import StoreConfig
+from kvstore.control import Ack, Granted, Offsets, Reserved
+from kvstore.errors import ConfigError, IncompatibleError, OutOfSpaceError, StoreClosedError
+from kvstore.events import Event, decode_events
+from kvstore.metrics import Counters
+from kvstore.tiers.promotion import Promoter
+from kvstore.tiers.ssd_side import SsdSide
+from kvstore.tiers.write_behind import Job
+from kvstore.transfer import TransferResult
+
+EVENT_CAPACITY = 1 << 16  # 80 B each; a reader that falls further behind sees a gap
+
+
+class Tiers:
+    """DRAM and, where configured, an ssd directory.
+
+    Thread safety: all methods may be called from any thread. `_lock` guards `_namespaces`.
+
+    Raises:
+        OutOfSpaceError: the arena's memory cannot be had.
+        ConfigError, IncompatibleError, InUseError: see `kvstore.tiers.ssd`.
+    """
+
+    def __init__(self, config: StoreConfig, first_block_bytes: int) -> None:
+        self.config = config
+        self.counters = Counters()
+        self.closed = False
+        self._lock = threading.Lock()
+        self._namespaces: dict[bytes, int] = {}
+        self._events_on = False
+        names = _native.eviction_policy_names()
+        if config.eviction not in names:
+            raise ConfigError(f"eviction: {config.eviction!r} is not one of {', '.join(names)}")
+        chunk = config.chunk_bytes(first_block_bytes)
+        if chunk > config.cpu_bytes:
+            raise ConfigError(
+                f"cpu: {config.cpu_bytes} bytes do not hold one block of {first_block_bytes} bytes"
+            )
+        try:
+            self.core = _native.StoreCore(
+                config.cpu_bytes, chunk, config.huge_pages, config.eviction
+            )
+        except RuntimeError as error:
+            raise OutOfSpaceError(f"cpu: {error}") from error
+        self.arena: npt.NDArray[np.uint8] = self.core.arena
+        self.ssd: SsdSide | None = None
+        if config.ssd:
+            self.ssd = SsdSide(config, self.core, self.counters, self.arena.ctypes.data)
+            for digest, namespace in self.ssd.stored_namespaces():
+                self._namespaces[digest] = self._add_namespace(namespace)
+            self.ssd.restore()
+        self._promoter = Promoter(self.core, self.ssd, self.counters)
+
+    def bind(self, namespace: Namespace) -> int:
+        """Return the core's number for a namespace, registering it when new."""
+        with self._lock:
+            number = self._namespaces.get(namespace.digest)
+            if number is None:
+                number = self._namespaces[namespace.digest] = self._add_namespace(namespace)
+            return number
+
+    def _add_namespace(self, namespace: Namespace) -> int:
+        try:
+            number = self.core.add_namespace(namespace.spec.block_bytes)
+        except ValueError as error:
+            raise ConfigError(f"chunk: {error}") from error
+        if self.ssd is not None:
+            self.ssd.bind(number, namespace)
+        return number
+
+    def promote(self, namespace_id: int, hashes: BlockHashes) -> Future[TransferResult]:
+        return self._promoter.submit(namespace_id, hashes)
+
+    def enable_events(self) -> None:
+        if not self._events_on:
+            self._events_on = True
+            self.core.enable_events(EVENT_CAPACITY)
+
+    def stats(self) -> dict[str, Any]:
+        core = self.core.stats()
+        values: dict[str, Any] = self.counters.snapshot()
+        for name, key in (
+            ("kvstore_evicted_cpu_blocks_total", "evicted"),
+            ("kvstore_refused_no_space_blocks_total", "refused_no_space"),
+            ("kvstore_refused_orphan_blocks_total", "refused_orphan"),
+            ("kvstore_leases_expired_total", "leases_expired"),
+            ("kvstore_cpu_used_bytes", "cpu_used_bytes"),
+            ("kvstore_cpu_capacity_bytes", "cpu_capacity_bytes"),
+            ("kvstore_cpu_blocks", "cpu_blocks"),
+            ("kvstore_ssd_blocks", "ssd_blocks"),
+            ("kvstore_index_bytes", "index_bytes"),
+            ("kvstore_leases", "leases"),
+        ):
+            values[name] = core[key]
+        values.update(self.ssd.gauges() if self.ssd is not None else {})
+        return values
+
+    def close(self) -> None:
+        """Write out what is queued, then release disk and threads. Safe to call twice."""
+        if self.closed:
+            return
+        self.closed = True
+        self._promoter.close()
+        if self.ssd is not None:
+            self.ssd.close()
+
+
+class LocalControl:
+    """One client's view of one namespace of `Tiers`; see `kvstore.control.Control`."""
+
+    def __init__(self, tiers: Tiers, namespace: Namespace, *, owns_tiers: bool) -> None:
+        self._tiers = tiers
+        self._core = tiers.core
+        self._namespace = namespace
+        self._id = tiers.bind(namespace)
+        self._owner = self._core.new_owner()
+        self._owns_tiers = owns_tiers
+        self._block_bytes = namespace.spec.block_bytes
+
+    @property
+    def namespace(self) -> Namespace:
+        return self._namespace
+
+    @property
+    def namespace_id(self) -> int:
+        return self._id
+
+    @property
+    def arena(self) -> npt.NDArray[np.uint8]:
+        return self._tiers.arena
+
+    # --- looking
+
+    def match(self, hashes: BlockHashes) -> int:
+        return self._core.match(self._id, hashes.array, hashes.start)
+
+    def residency(self, hashes: BlockHashes) -> npt.NDArray[np.uint8]:
+        return self._core.residency(self._id, hashes.array)
+
+    def wait_for(self, hashes: BlockHashes, want: int, timeout: float) -> int:
+        return self._core.wait_for(self._id, hashes.array, hashes.start, want, timeout)
+
+    # --- reading
+
+    def acquire(self, hashes: BlockHashes, ttl: float | None, timeout: float) -> Granted:
+        granted = self._acquire(hashes, ttl)
+        in_cpu = len(granted.offsets)
+        if in_cpu < len(hashes) and self._tiers.ssd is not None:
+            available = self.match(hashes)
+            if available > in_cpu:
+                granted = self._promote_and_acquire(hashes[:available], granted, ttl, timeout)
+        held = len(granted.offsets)
+        self._count(len(hashes), min(in_cpu, held), max(0, held - in_cpu))
+        self._tiers.counters.add("loaded_bytes", held * self._block_bytes)
+        return granted
+
+    def _promote_and_acquire(
+        self, hashes: BlockHashes, granted: Granted, ttl: float | None, timeout: float
+    ) -> Granted:
+        # The lease on what is in DRAM stays until all is, so that reading the tail cannot push the
+        # head out.
+        future = self._tiers.promote(self._id, hashes[len(granted.offsets) :])
+        try:
+            future.result(timeout)
+        except FutureTimeoutError:
+            self._tiers.counters.add("deadline_exceeded")
+        longer = self._acquire(hashes, ttl)
+        if granted.lease:
+            self._core.release(granted.lease)
+        return longer
+
+    def _acquire(self, hashes: BlockHashes, ttl: float | None) -> Granted:
+        return Granted(*self._core.acquire(self._owner, self._id, hashes.array, ttl, True))
+
+    def _count(self, queried: int, hit_cpu: int, hit_ssd: int) -> None:
+        counters = self._tiers.counters
+        counters.add("queried_blocks", queried)
+        counters.add("hit_cpu_blocks", hit_cpu)
+        counters.add("hit_ssd_blocks", hit_ssd)
+        counters.add("missed_blocks", queried - hit_cpu - hit_ssd)
+
+    def release(self, lease: int) -> bool:
+        return self._core.release(lease)
+
+    def load(
+        self,
+        hashes: BlockHashes,
+        plan: _native.CopyPlan,
+        block_ids: npt.NDArray[np.int64],
+        verify: bool,
+        threads: int,
+    ) -> int:
+        """Load what is in the cpu tier in one native call; return how many leading blocks.
+
+        Counts only a full hit: for anything less the caller goes on to `acquire`, which counts.
+        """
+        loaded, corrupt = self._core.load(
+            self._owner, self._id, hashes.array, plan, block_ids, verify, threads
+        )
+        if corrupt:
+            self._tiers.counters.add("integrity_failures")
+        if loaded == len(hashes):
+            self._count(loaded, loaded, 0)
+            self._tiers.counters.add("loaded_bytes", loaded * self._block_bytes)
+        return loaded
+
+    def prefetch(self, hashes: BlockHashes) -> Future[TransferResult]:
+        available = self.match(hashes)
+        return self._tiers.promote(self._id, hashes[:available])
+
+    # --- writing
+
+    def put(
+        self,
+        hashes: BlockHashes,
+        plan: _native.CopyPlan,
+        block_ids: npt.NDArray[np.int64],
+        threads: int,
+    ) -> TransferResult:
+        """Reserve, copy and commit in one native call, at level memory."""
+        stored, present, pending, no_space, orphan = self._core.put(
+            self._owner,
+            self._id,
+            hashes.array,
+            hashes.start,
+            hashes.parent,
+            plan,
+            block_ids,
+            threads,
+        )
+        self._tiers.counters.add("stored_bytes", stored * self._block_bytes)
+        if stored and self._tiers.ssd is not None:
+            self._tiers.ssd.write_later(self._job(hashes))
+        return TransferResult(
+            stored + present, stored, present, pending, no_space, orphan, ack="memory"
+        )
+
+    def reserve(self, hashes: BlockHashes) -> Reserved:
+        return Reserved(
+            *self._core.reserve(
+                self._owner, self._id, hashes.array, hashes.start, hashes.parent, False
+            )
+        )
+
+    def commit(
+        self, reservation: int, checksums: Offsets, hashes: BlockHashes, ack: Ack
+    ) -> Future[Ack] | None:
+        if reservation:
+            if not self._core.commit(reservation, checksums, None):
+                raise StoreClosedError("the reservation is gone: its owner was released")
+            self._tiers.counters.add("stored_bytes", len(checksums) * self._block_bytes)
+        if self._tiers.ssd is None:
+            return None if ack == "memory" else _reached("memory")
+        job = self._job(hashes)
+        if ack == "memory":
+            if reservation:
+                self._tiers.ssd.write_later(job)
+            return None
+        granted = self._acquire(hashes, None)
+        job.ack, job.lease = ack, granted.lease
+        future: Future[Ack] = Future()
+        job.future = future
+        timeout = 10.0
+        if len(granted.offsets) < len(hashes) or not self._tiers.ssd.write_later(job, timeout):
+            if granted.lease:
+                self._core.release(granted.lease)
+            return _reached("memory")
+        return future
+
+    def _job(self, hashes: BlockHashes) -> Job:
+        return Job(self._id, hashes.array, len(hashes) * self._block_bytes)
+
+    def abort(self, reservation: int) -> None:
+        self._core.abort(reservation)
+
+    # --- removing and watching
+
+    def remove(self, hashes: BlockHashes) -> int:
+        return self._core.remove(self._id, hashes.array)
+
+    def report_corrupt(self, block_hash: bytes) -> None:
+        self._tiers.counters.add("integrity_failures")
+        self._core.remove(self._id, np.frombuffer(block_hash, np.uint8).reshape(1, 32))
+
+    def clear(self) -> None:
+        self._core.clear(self._id)
+
+    def flush(self, timeout: float) -> bool:
+        return self._tiers.ssd is None or self._tiers.ssd.flush(timeout)
+
+    def events(self) -> Iterator[Event]:
+        self._tiers.enable_events()
+        return decode_events(
+            self._core.take_events(), self._id, self._namespace.spec.block_tokens
+        )
+
+    def stats(self) -> dict[str, Any]:
+        return self._tiers.stats()
+
+    def close(self) -> None:
+        self._core.release_owner(self._owner)
+        if self._owns_tiers:
+            self._tiers.close()
+
+
+def _reached(level: Ack) -> Future[Ack]:
+    future: Future[Ack] = Future()
+    future.set_result(level)
+    return future

@@ -1,0 +1,309 @@
+"""What the ssd tier needs of the core: addresses to write from, who survives a reclaim, what to
+forget; and what the core needs of the ssd tier: places, and bytes read back.
+
+All writes, reclaims and deletions run on the write-behind thread, one step after the other, so that
+a block's record on disk and its place in the index never disagree for longer than one step.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from kvstore import _native
+from kvstore.block import Namespace
+from kvstore.codec import Codec, aligned_buffer, get_codec
+from kvstore.config import StoreConfig, parse_bytes
+from kvstore.control import Ack
+from kvstore.errors import IncompatibleError, KVStoreError
+from kvstore.metrics import Counters
+from kvstore.tiers.records import NOT_ON_SSD, RECORD, Records, hash_rows, records_from
+from kvstore.tiers.ssd import SsdConfig, SsdTier
+from kvstore.tiers.ssd_format import Records as Columns
+from kvstore.tiers.write_behind import Job, WriteBehind
+
+log = logging.getLogger(__name__)
+
+NO_CODEC = 0
+_COLUMNS = ("hash", "parent", "depth", "segment", "page", "stored_bytes", "codec", "checksum")
+
+
+class SsdSide:
+    """The ssd tier of `Tiers`. Thread safety: all methods may be called from any thread."""
+
+    def __init__(
+        self,
+        config: StoreConfig,
+        core: _native.StoreCore,
+        counters: Counters,
+        arena_address: int,
+    ) -> None:
+        self._core = core
+        self._counters = counters
+        self._base = np.uint64(arena_address)
+        self._codec_name = config.codec
+        self._tier = SsdTier(
+            SsdConfig(
+                path=config.ssd,
+                capacity_bytes=parse_bytes(config.ssd_capacity),
+                segment_bytes=parse_bytes(config.ssd_segment),
+                io=config.ssd_io,
+                io_depth=config.ssd_depth,
+            )
+        )
+        self._owner = core.new_owner()
+        self._specs: dict[int, Namespace] = {}  # by the core's number
+        self._codecs: dict[tuple[int, int], Codec] = {}  # (core's number, codec id)
+        self._to_tier: dict[int, int] = {}
+        self._to_core: dict[int, int] = {}
+        self._writer = WriteBehind(self._write, parse_bytes(config.write_behind), counters)
+
+    # --- namespaces and recovery
+
+    def stored_namespaces(self) -> Iterator[tuple[bytes, Namespace]]:
+        """Yield the namespaces that the directory knows.
+
+        Raises:
+            IncompatibleError: a description does not give the digest it is stored under.
+        """
+        for digest, description in self._tier.namespaces().values():
+            namespace = Namespace.from_description(json.loads(description))
+            if namespace.digest != digest:
+                raise IncompatibleError(
+                    f"ssd: namespace {namespace.model!r} in {self._tier.config.path} was written by "
+                    "a version that names it differently"
+                )
+            yield digest, namespace
+
+    def bind(self, number: int, namespace: Namespace) -> None:
+        description = json.dumps(namespace.describe(), sort_keys=True).encode()
+        tier_number = self._tier.register_namespace(namespace.digest, description)
+        self._specs[number] = namespace
+        self._to_tier[number] = tier_number
+        self._to_core[tier_number] = number
+        self._codec(number, self._codec_name)
+
+    def restore(self) -> int:
+        """Put what the directory holds into the core's index; return how many blocks."""
+        parts = [self._rows(columns) for columns in self._tier.recover()]
+        if not parts:
+            return 0
+        restored = self._core.restore(np.concatenate(parts))
+        self._forget_garbage()
+        return restored
+
+    def _rows(self, columns: Columns) -> Records:
+        """Return the records of namespaces that we know, as the core's rows."""
+        known = np.isin(columns.namespace, list(self._to_core))
+        rows = np.zeros(int(known.sum()), RECORD)
+        for name in _COLUMNS:
+            rows[name] = getattr(columns, name)[known]
+        rows["stored_checksum"] = columns.stored_checksum[known]
+        for tier_number, number in self._to_core.items():
+            rows["namespace"][columns.namespace[known] == tier_number] = number
+        return rows
+
+    def _codec(self, number: int, name_or_id: str | int) -> Codec:
+        codec = get_codec(name_or_id, self._specs[number].spec)
+        return self._codecs.setdefault((number, int(codec.id)), codec)
+
+    # --- writing
+
+    def write_later(self, job: Job, timeout: float = 0.0) -> bool:
+        return self._writer.submit(job, timeout)
+
+    def flush(self, timeout: float) -> bool:
+        return self._writer.flush(timeout)
+
+    def _write(self, jobs: list[Job]) -> None:
+        durable = any(job.ack == "durable" for job in jobs)
+        try:
+            for number in sorted({job.namespace_id for job in jobs}):
+                mine = [job for job in jobs if job.namespace_id == number]
+                self._write_blocks(number, self._todo(number, mine), durable)
+            if durable:
+                self._tier.sync()
+        finally:
+            for job in jobs:
+                if job.lease:
+                    self._core.release(job.lease)
+            self._forget_garbage()
+        for job in jobs:
+            if job.future is not None:
+                on_ssd = self._core.residency(job.namespace_id, job.hashes) & 2
+                reached: Ack = job.ack if on_ssd.all() else "memory"
+                job.future.set_result(reached)
+
+    def _todo(self, number: int, jobs: list[Job]) -> npt.NDArray[np.uint8]:
+        """Return the hashes to write, ancestors first, each once."""
+        parts = []
+        for job in jobs:
+            parts.append(hash_rows(self._core.ssd_gap(number, job.hashes[0].tobytes())))
+            parts.append(job.hashes)
+        hashes = np.concatenate(parts)
+        hashes = hashes[self._core.residency(number, hashes) == 1]
+        _, first = np.unique(hashes, axis=0, return_index=True)
+        return np.ascontiguousarray(hashes[np.sort(first)])
+
+    def _write_blocks(
+        self, number: int, hashes: npt.NDArray[np.uint8], durable: bool
+    ) -> None:
+        block_bytes = self._specs[number].spec.block_bytes
+        step = max(1, WriteBehind.BATCH_BYTES // block_bytes)
+        for first in range(0, len(hashes), step):
+            part = hashes[first : first + step]
+            lease, offsets, *_ = self._core.acquire(self._owner, number, part, None, False)
+            try:
+                self._write_leased(number, part[: len(offsets)], offsets + self._base, durable)
+            finally:
+                if lease:
+                    self._core.release(lease)
+
+    def _write_leased(
+        self,
+        number: int,
+        hashes: npt.NDArray[np.uint8],
+        addresses: npt.NDArray[np.uint64],
+        durable: bool,
+    ) -> None:
+        n = len(hashes)
+        rows = records_from(self._core.describe(number, hashes))
+        if n == 0 or len(rows) < n:
+            return  # gone since it was leased: nothing continues it either
+        block_bytes = self._specs[number].spec.block_bytes
+        sizes = np.full(n, block_bytes, np.uint32)
+        codecs = np.zeros(n, np.uint8)
+        codec = self._codec(number, self._codec_name)
+        stored: npt.NDArray[np.uint32] | None = None
+        if codec.id != NO_CODEC:
+            encoded = codec.encode(addresses, block_bytes, self._specs[number].spec)
+            codecs[encoded.ok] = codec.id  # a refused block (NaN, say) is stored as it is
+            addresses = np.where(encoded.ok, encoded.addrs, addresses)
+            stored = np.where(encoded.ok, encoded.lengths, sizes).astype(np.uint32)
+        self._make_room(int((sizes if stored is None else stored).sum(dtype=np.int64)))
+        written = self._tier.write(
+            self._to_tier[number],
+            hashes,
+            np.ascontiguousarray(rows["parent"]),
+            rows["depth"].astype(np.uint32),
+            addresses,
+            sizes,
+            rows["checksum"].astype(np.uint64),
+            durable=durable,
+            codecs=codecs,
+            stored_bytes=stored,
+        )
+        ok = written.ok
+        rows["segment"], rows["page"] = written.segments, written.pages
+        rows["stored_bytes"], rows["codec"] = written.stored_bytes, codecs
+        rows["stored_checksum"] = written.stored_checksums
+        self._core.set_ssd(np.ascontiguousarray(rows[ok]))
+        self._counters.add("ssd_written_bytes", int(written.stored_bytes[ok].sum(dtype=np.int64)))
+        if not ok.all():
+            self._counters.add("ssd_write_failures", int((~ok).sum()))
+
+    # --- reclaiming
+
+    def _make_room(self, num_bytes: int) -> None:
+        while self._tier.needs_reclaim(num_bytes):
+            seen: list[Records] = []
+
+            def survivors(columns: Columns, seen: list[Records] = seen) -> npt.NDArray[np.bool_]:
+                known = np.isin(columns.namespace, list(self._to_core))
+                rows = self._rows(columns)
+                seen.append(rows)
+                keep = np.zeros(len(known), bool)
+                keep[known] = self._core.survivors(rows)
+                return keep
+
+            freed = self._tier.reclaim(survivors)
+            if freed is None:
+                return  # the write will say what is wrong
+            self._counters.add("ssd_reclaimed_segments")
+            self._follow(seen[0] if seen else np.zeros(0, RECORD), self._rows(freed.moved))
+            for row in self._rows(freed.dropped):
+                self._core.drop_ssd(
+                    int(row["namespace"]),
+                    row["hash"].tobytes(),
+                    int(row["segment"]),
+                    int(row["page"]),
+                )
+            self._forget_garbage()
+
+    def _follow(self, before: Records, moved: Records) -> None:
+        places = {(int(row["namespace"]), row["hash"].tobytes()): i for i, row in enumerate(before)}
+        at = [places[int(row["namespace"]), row["hash"].tobytes()] for row in moved]
+        self._core.move_ssd(np.ascontiguousarray(before[at]), moved)
+
+    def _forget_garbage(self) -> None:
+        """Delete the records of copies that the core gave up, unless the block lies elsewhere now."""
+        garbage = records_from(self._core.take_garbage())
+        for number in np.unique(garbage["namespace"]).tolist():
+            hashes = np.ascontiguousarray(garbage["hash"][garbage["namespace"] == number])
+            gone = np.ascontiguousarray(hashes[self._core.residency(number, hashes) & 2 == 0])
+            if len(gone):
+                tier_numbers = np.full(len(gone), self._to_tier[number], np.uint32)
+                self._tier.forget(tier_numbers, gone)
+
+    # --- reading
+
+    def read(
+        self, number: int, rows: Records, addresses: npt.NDArray[np.uint64]
+    ) -> npt.NDArray[np.bool_]:
+        """Read blocks back into slots; True where the exact bytes arrived (decoded, if encoded)."""
+        ok = np.zeros(len(rows), bool)
+        present = rows["segment"] != NOT_ON_SSD
+        for codec_id in np.unique(rows["codec"][present]).tolist():
+            at = np.flatnonzero(present & (rows["codec"] == codec_id))
+            if codec_id == NO_CODEC:
+                ok[at] = self._read_raw(rows[at], addresses[at])
+            else:
+                ok[at] = self._read_encoded(number, codec_id, rows[at], addresses[at])
+        self._counters.add("ssd_read_bytes", int(rows["stored_bytes"][ok].sum(dtype=np.int64)))
+        return ok
+
+    def _read_raw(
+        self, rows: Records, addresses: npt.NDArray[np.uint64]
+    ) -> npt.NDArray[np.bool_]:
+        return self._tier.read(
+            *(np.ascontiguousarray(rows[name]) for name in ("segment", "page", "stored_bytes")),
+            np.ascontiguousarray(rows["stored_checksum"]),
+            np.ascontiguousarray(addresses),
+        )
+
+    def _read_encoded(
+        self, number: int, codec_id: int, rows: Records, addresses: npt.NDArray[np.uint64]
+    ) -> npt.NDArray[np.bool_]:
+        lengths = rows["stored_bytes"].astype(np.uint64)
+        room = -(-lengths // np.uint64(4096)) * np.uint64(4096)
+        buffer = aligned_buffer(int(room.sum()))
+        starts = np.cumsum(room) - room + np.uint64(buffer.ctypes.data)
+        ok = self._read_raw(rows, starts)
+        spec = self._specs[number].spec
+        try:
+            codec = self._codec(number, codec_id)
+            ok[ok] = codec.decode(
+                starts[ok], lengths[ok], addresses[ok], spec.block_bytes, spec
+            )
+        except KVStoreError as error:
+            log.warning("cannot decode blocks of codec %d: %s", codec_id, error)
+            ok[:] = False
+        return ok
+
+    # --- watching and ending
+
+    def gauges(self) -> dict[str, int]:
+        return {
+            "kvstore_ssd_used_bytes": self._tier.used_bytes,
+            "kvstore_ssd_capacity_bytes": self._tier.capacity_bytes,
+            "kvstore_write_behind_bytes": self._writer.queued_bytes,
+        }
+
+    def close(self) -> None:
+        self._writer.close(timeout=60.0)
+        self._core.release_owner(self._owner)
+        self._tier.close()
