@@ -184,7 +184,7 @@ def test_reads_run_beside_writes_and_reclaim(tmp_path: Path, kind: str) -> None:
         threads = [threading.Thread(target=reader) for _ in range(3)]
         for thread in threads:
             thread.start()
-        for batch in range(1, 40):
+        for batch in range(1, 20):
             while tier.needs_reclaim(100 * 8192):
                 assert tier.reclaim(keep(0.2)) is not None
             assert write(tier, list(range(batch * 100, batch * 100 + 100))).ok.all()
