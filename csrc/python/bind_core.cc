@@ -23,7 +23,7 @@ namespace {
 template <typename T>
 using Array = py::array_t<T, py::array::c_style>;
 
-// A row of kvstore.tiers.records.RECORD, the numpy dtype with the same packed fields.
+// A row of kvstore.records.RECORD, the numpy dtype with the same packed fields.
 #pragma pack(push, 1)
 struct PackedRecord {
     std::uint32_t namespace_id;

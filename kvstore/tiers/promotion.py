@@ -15,7 +15,7 @@ from kvstore import _native
 from kvstore.block import BlockHashes
 from kvstore.control import PRESENT, RESERVED
 from kvstore.metrics import Counters
-from kvstore.tiers.records import Records, records_from
+from kvstore.records import Records, records_from
 from kvstore.tiers.ssd_side import NO_CODEC, SsdSide
 from kvstore.transfer import TransferResult
 
