@@ -120,7 +120,11 @@ def _total_hit_ratio(runs: list[DemoRun]) -> dict[str, float]:
 
 
 def _figure(
-    name: str, value: float | bool, unit: str, theirs: float | None = None, against: str | None = None
+    name: str,
+    value: float | bool,
+    unit: str,
+    theirs: float | None = None,
+    against: str | None = None,
 ) -> dict[str, Any]:
     """`theirs` is a time of the same run to compare with: theirs / ours."""
     ratio = theirs / value if theirs is not None and value else None
