@@ -176,8 +176,8 @@ public:
     void Clear(NamespaceId ns);
 
     // --- the ssd tier's side
-    // Block hashes[i] now lies at places[i] as well. Where the block is gone, or its parent is not
-    // on ssd, the place becomes garbage.
+    // Block hashes[i] now lies at places[i] as well. Where the block is gone or has other bytes by
+    // now, or its parent is not on ssd, the place becomes garbage.
     void SetSsd(NamespaceId ns, const BlockHash *hashes, const SsdPlace *places, std::size_t n);
     // What is known of leading blocks; ends at the first unknown one. A block that is not on ssd
     // has place.segment == kNotOnSsd.
@@ -254,6 +254,7 @@ private:
     void MaybeDue(EntryId id);
     void FreeDetached(EntryId id);
     void EndLease(const Lease &lease);
+    std::size_t EndOverdueLeases();
     void Emit(EventKind kind, TierKind tier, const Entry &entry);
     SsdRecord RecordOf(const Entry &entry) const;
 

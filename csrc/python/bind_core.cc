@@ -88,13 +88,17 @@ Chain AsChain(const Hashes &hashes, std::int64_t start, const std::optional<py::
     return {hashes.data, hashes.n, start, before};
 }
 
-void CheckIds(const CopyPlan &plan, const StoreCore &core, NamespaceId ns,
+void CheckIds(const CopyPlan &plan, StoreCore &core, NamespaceId ns,
               const Array<std::int64_t> &ids, std::size_t n) {
     CheckLength(ids, n, "block_ids");
     if (plan.block_bytes != core.block_bytes(ns)) {
         throw std::invalid_argument("the buffers' blocks have " + std::to_string(plan.block_bytes) +
                                     " bytes, the namespace's " +
                                     std::to_string(core.block_bytes(ns)));
+    }
+    const Arena &arena = core.arena();
+    if (TouchesEngine(plan, reinterpret_cast<std::uintptr_t>(arena.base()), arena.bytes())) {
+        throw std::invalid_argument("the buffers overlap the store's arena");
     }
     const std::int64_t *data = ids.data();
     for (std::size_t i = 0; i < n; ++i) {
