@@ -29,7 +29,7 @@ from hypothesis.stateful import (
 from kvstore import ContiguousBlocks, _native
 from kvstore.control import NO_SPACE, ORPHAN, PENDING, PRESENT, RESERVED
 from kvstore.events import _EVENT
-from kvstore.tiers.records import NOT_ON_SSD, RECORD, records_from
+from kvstore.records import NOT_ON_SSD, RECORD, records_from
 
 Path = tuple[int, ...]
 Key = tuple[int, Path]  # namespace, path of the block in the tree of chains
