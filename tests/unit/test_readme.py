@@ -65,6 +65,7 @@ def test_settings_table_has_every_setting_with_its_default_and_meaning() -> None
     assert not [name for name, meaning in meanings.items() if not meaning.strip()]
 
 
+@pytest.mark.skipif(not (ROOT / "CONTRIBUTING.md").exists(), reason="a partial copy of the tree")
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_between_documents_lead_somewhere(document: Path) -> None:
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text())
