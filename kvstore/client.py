@@ -220,9 +220,8 @@ class RemoteControl:
         return bool(self._value(wire.Flush(timeout), timeout))
 
     def events(self) -> Iterator[Event]:
-        data = self._ask(wire.Events(), wire.Packed).data
-        namespace_id = int.from_bytes(data[:4], "little")
-        return decode_events(data[4:], namespace_id, self._namespace.spec.block_tokens)
+        packed = self._ask(wire.Events(), wire.Packed).data
+        return decode_events(packed, self._namespace.spec.block_tokens)
 
     def stats(self) -> dict[str, Any]:
         return dict(self._value(wire.Stats()))

@@ -23,7 +23,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("kvstore_hit_cpu_blocks_total", "counter", "of those, found ready in the cpu tier"),
     Metric("kvstore_hit_ssd_blocks_total", "counter", "of those, read in from the ssd tier"),
     Metric("kvstore_missed_blocks_total", "counter", "of those, not had from any tier in time"),
-    Metric("kvstore_loaded_bytes_total", "counter", "bytes copied to engines by load"),
+    Metric(
+        "kvstore_loaded_bytes_total", "counter", "bytes of the blocks granted to load and acquire"
+    ),
     Metric("kvstore_stored_bytes_total", "counter", "bytes copied from engines by put"),
     Metric("kvstore_evicted_cpu_blocks_total", "counter", "blocks that left the cpu tier"),
     Metric("kvstore_refused_no_space_blocks_total", "counter", "puts refused: all slots held"),

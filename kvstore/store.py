@@ -20,7 +20,7 @@ from kvstore import _native
 from kvstore.block import BlockHashes, Namespace
 from kvstore.buffers import as_block_ids
 from kvstore.codec import CodecId
-from kvstore.control import ACK_LEVELS, RESERVED, Ack, Control
+from kvstore.control import ACK_LEVELS, PRESENT, RESERVED, Ack, Control
 from kvstore.errors import ConfigError, StoreClosedError
 from kvstore.events import Event
 from kvstore.layout import BlockBuffers
@@ -57,11 +57,20 @@ class Reservation:
     """Slots to be written in place, layer by layer if need be, then committed or aborted.
 
     `wanted[i]` says whether block i of the hashes is to be written; the others are in the store
-    already, or cannot be (see `counts`). Use it as a context manager: leaving without `commit`
+    already, or cannot be (`commit` says why). Use it as a context manager: leaving without `commit`
     aborts. A writer that dies leaves nothing visible.
     """
 
-    __slots__ = ("_addresses", "_ended", "_hashes", "_id", "_store", "_written", "counts", "wanted")
+    __slots__ = (
+        "_addresses",
+        "_ended",
+        "_hashes",
+        "_id",
+        "_statuses",
+        "_store",
+        "_written",
+        "wanted",
+    )
 
     def __init__(self, store: Store, hashes: BlockHashes) -> None:
         control = store.control
@@ -72,7 +81,7 @@ class Reservation:
         self._ended = False
         self._written: list[tuple[int, int]] = []  # payload bytes [begin, end) of every block
         self.wanted: npt.NDArray[np.bool_] = reserved.statuses == RESERVED
-        self.counts = np.bincount(reserved.statuses, minlength=5)
+        self._statuses = reserved.statuses
         self._addresses = reserved.offsets[self.wanted] + np.uint64(control.arena.ctypes.data)
 
     def write(
@@ -115,7 +124,7 @@ class Reservation:
         sums = np.empty(len(self._addresses), np.uint64)
         _native.checksum_blocks(self._addresses, size, sums, self._store.threads)
         self._ended = True
-        return self._store.finish_put(self._id, sums, self._hashes, self.counts, ack)
+        return self._store.finish_put(self._id, sums, self._hashes, self._statuses, ack)
 
     def abort(self) -> None:
         """Give the slots back; nothing becomes visible. Does nothing after `commit` or `close`."""
@@ -356,7 +365,6 @@ class Store:
         if self._fast_put is not None and ack == "memory":
             return Transfer(self._fast_put(chain, buffers.plan, ids, self.threads))
         reserved = control.reserve(chain)
-        counts = np.bincount(reserved.statuses, minlength=5)
         wanted = reserved.statuses == RESERVED
         addresses = reserved.offsets[wanted] + np.uint64(control.arena.ctypes.data)
         sums = np.empty(len(addresses), np.uint64)
@@ -365,7 +373,7 @@ class Store:
         except BaseException:
             control.abort(reserved.reservation)
             raise
-        return self.finish_put(reserved.reservation, sums, chain, counts, ack)
+        return self.finish_put(reserved.reservation, sums, chain, reserved.statuses, ack)
 
     def reserve(self, hashes: Hashes) -> Reservation:
         """Reserve slots to be written in place: the two-phase form of `put`."""
@@ -376,13 +384,13 @@ class Store:
         reservation: int,
         checksums: npt.NDArray[np.uint64],
         chain: BlockHashes,
-        counts: npt.NDArray[np.int64],
+        statuses: npt.NDArray[np.uint8],
         ack: Ack,
     ) -> Transfer:
         """Commit, and turn the level's future into a transfer. For `Reservation` and `put`."""
         level = self.control.commit(reservation, checksums, chain, ack)
         if level is None:
-            return Transfer(self.result_of(counts, "memory"))
+            return Transfer(_result_of(statuses, "memory"))
         done: Future[TransferResult] = Future()
 
         def finish(reached: Future[Ack]) -> None:
@@ -390,15 +398,10 @@ class Store:
             if error is not None:
                 done.set_exception(error)
             else:
-                done.set_result(self.result_of(counts, reached.result()))
+                done.set_result(_result_of(statuses, reached.result()))
 
         level.add_done_callback(finish)
         return Transfer(future=done)
-
-    def result_of(self, counts: npt.NDArray[np.int64], ack: str) -> TransferResult:
-        """Return a put's result from its counts by reserve status."""
-        stored, present, pending, no_space, orphan = (int(count) for count in counts)
-        return TransferResult(stored + present, stored, present, pending, no_space, orphan, ack=ack)
 
     # --- keeping and removing
 
@@ -481,6 +484,14 @@ class Store:
         if len(ids) != len(chain):
             raise ConfigError(f"block_ids: {len(ids)} given for {len(chain)} hashes")
         return ids
+
+
+def _result_of(statuses: npt.NDArray[np.uint8], ack: str) -> TransferResult:
+    """Return a put's result from its blocks' reserve statuses."""
+    elsewhere = np.flatnonzero((statuses != RESERVED) & (statuses != PRESENT))
+    leading = int(elsewhere[0]) if len(elsewhere) else len(statuses)
+    stored, present, pending, no_space, orphan = np.bincount(statuses, minlength=5).tolist()
+    return TransferResult(leading, stored, present, pending, no_space, orphan, ack=ack)
 
 
 def _info(row: np.void, tiers: int) -> BlockInfo:
