@@ -71,17 +71,16 @@ class Reservation:
             layers: copy only layers [a, b); all layers must be written before `commit`.
         """
         self._check_open()
+        buffers.require_block_bytes(self._store.namespace.spec.block_bytes)
         ids = as_block_ids(block_ids)
         if len(ids) != len(self._addresses):
             raise ConfigError(f"block_ids: {len(ids)} given, {len(self._addresses)} are wanted")
         threads = self._store.threads
         if layers is None:
             begin, end = 0, buffers.block_bytes
-            self._check_size(buffers)
             _native.gather(buffers.plan, ids, self._addresses, None, threads)
         else:
             begin, end = buffers.layer_range(layers[0], layers[1] - layers[0])
-            self._check_size(buffers)
             _native.gather_range(buffers.plan, ids, self._addresses, begin, end, threads)
         self._written.append((begin, end))
 
@@ -114,13 +113,6 @@ class Reservation:
         if self._ended:
             raise StoreClosedError("the reservation was committed or aborted")
         _ = self._store.control  # raises when the store was closed and the slots are others' now
-
-    def _check_size(self, buffers: BlockBuffers) -> None:
-        size = self._store.namespace.spec.block_bytes
-        if buffers.block_bytes != size:
-            raise ConfigError(
-                f"buffers: blocks of {buffers.block_bytes} bytes, the namespace's have {size}"
-            )
 
     def _check_whole(self, size: int) -> None:
         done = 0
@@ -170,6 +162,7 @@ class Store:
         timeout: float = 10.0,
     ) -> None:
         self._control = control
+        self._block_bytes = control.namespace.spec.block_bytes
         self._verify = verify_always
         self.threads = threads
         self._lease_seconds = lease_seconds
@@ -273,6 +266,7 @@ class Store:
         """
         chain = BlockHashes.of(hashes)
         ids = self._ids(chain, block_ids)
+        buffers.require_block_bytes(self._block_bytes)
         buffers.require_writable()
         if background:
             return self._submit(lambda: self._load(chain, buffers, ids, timeout))
@@ -323,6 +317,7 @@ class Store:
         check_ack(ack)
         chain = BlockHashes.of(hashes)
         ids = self._ids(chain, block_ids)
+        buffers.require_block_bytes(self._block_bytes)
         if background:
             return self._submit(lambda: self._put(chain, buffers, ids, ack).wait())
         return self._put(chain, buffers, ids, ack)

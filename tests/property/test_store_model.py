@@ -208,7 +208,7 @@ class StoreModel(RuleBasedStateMachine):
         assert self.store.flush(WAIT_S)
         stats = self.store.stats()
         assert stats["kvstore_leases"] == 0
-        assert stats["kvstore_cpu_used_bytes"] == stats["kvstore_ssd_blocks"] == 0
+        assert stats["kvstore_cpu_used_bytes"] == 0  # the other namespace lies on ssd only
         self.store.close()
         shutil.rmtree(self.directory)
 
