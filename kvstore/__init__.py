@@ -32,7 +32,7 @@ from kvstore.hashing import PrefixHasher, hash_blocks
 from kvstore.layout import AxisTensor, BlockBuffers, ContiguousBlocks, PagedBuffers
 from kvstore.lease import Lease
 from kvstore.opening import open_store as open
-from kvstore.store import Hit, Reservation, Store
+from kvstore.store import BlockInfo, Hit, Reservation, Store
 from kvstore.transfer import Transfer, TransferResult
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "BlockBuffers",
     "BlockHash",
     "BlockHashes",
+    "BlockInfo",
     "BlockRemoved",
     "BlockSpec",
     "BlockStored",

@@ -66,6 +66,10 @@ class Control(Protocol):
         """Return for each block: bit 0 ready in cpu, bit 1 on ssd, bit 2 being written."""
         ...
 
+    def describe(self, hashes: BlockHashes) -> bytes:
+        """Return rows of `kvstore.records.RECORD` of leading known blocks, packed."""
+        ...
+
     def wait_for(self, hashes: BlockHashes, want: int, timeout: float) -> int:
         """Wait until `want` leading blocks are available; return how many are."""
         ...

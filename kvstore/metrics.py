@@ -46,6 +46,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("kvstore_ssd_capacity_bytes", "gauge", "bound of the ssd tier"),
     Metric("kvstore_index_bytes", "gauge", "memory of the index"),
     Metric("kvstore_leases", "gauge", "leases held"),
+    Metric("kvstore_codec_ratio", "gauge", "raw bytes per stored byte, encoded blocks"),
+    Metric("kvstore_codec_error_rms_relative", "gauge", "sampled error of a lossy codec"),
+    Metric("kvstore_codec_error_abs_max", "gauge", "largest sampled error of a lossy codec"),
     Metric("kvstore_write_behind_bytes", "gauge", "bytes waiting for the ssd"),
 )
 _NAMES = frozenset(metric.name for metric in METRICS)

@@ -19,11 +19,13 @@ import numpy.typing as npt
 from kvstore import _native
 from kvstore.block import BlockHashes, Namespace
 from kvstore.buffers import as_block_ids
+from kvstore.codec import CodecId
 from kvstore.control import ACK_LEVELS, RESERVED, Ack, Control
 from kvstore.errors import ConfigError, StoreClosedError
 from kvstore.events import Event
 from kvstore.layout import BlockBuffers
 from kvstore.lease import Lease
+from kvstore.records import records_from
 from kvstore.transfer import Transfer, TransferResult
 
 Hashes = BlockHashes | Sequence[bytes] | npt.NDArray[np.uint8]
@@ -36,6 +38,19 @@ class Hit:
     num_blocks: int
     num_cpu: int
     num_ssd: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlockInfo:
+    """What is known of one block. `codec` and `stored_bytes` are of its copy on ssd."""
+
+    block_hash: bytes
+    depth: int  # 1-based place in its chain; 0: unknown
+    in_cpu: bool
+    on_ssd: bool
+    codec: str  # "" when not on ssd
+    stored_bytes: int  # 0 when not on ssd
+    checksum: int  # XXH3-64 of the payload
 
 
 class Reservation:
@@ -214,6 +229,13 @@ class Store:
         O(log n) index reads for hashes that know their chain (made by `hash_blocks`).
         """
         return self.control.match(BlockHashes.of(hashes))
+
+    def describe(self, hashes: Hashes) -> list[BlockInfo]:
+        """Return what is known of leading blocks; ends at the first that is unknown."""
+        chain = BlockHashes.of(hashes)
+        rows = records_from(self.control.describe(chain))
+        tiers = self.control.residency(chain[: len(rows)])
+        return [_info(row, int(bits)) for row, bits in zip(rows, tiers, strict=False)]
 
     def wait_for(self, hashes: Hashes, num_blocks: int | None = None, timeout: float = 10.0) -> int:
         """Wait until `num_blocks` (default: all) leading blocks are there; return how many are."""
@@ -454,3 +476,16 @@ class Store:
         if len(ids) != len(chain):
             raise ConfigError(f"block_ids: {len(ids)} given for {len(chain)} hashes")
         return ids
+
+
+def _info(row: np.void, tiers: int) -> BlockInfo:
+    on_ssd = bool(tiers & 2)
+    return BlockInfo(
+        row["hash"].tobytes(),
+        int(row["depth"]),
+        bool(tiers & 1),
+        on_ssd,
+        CodecId(row["codec"]).name.lower() if on_ssd else "",
+        int(row["stored_bytes"]) if on_ssd else 0,
+        int(row["checksum"]),
+    )

@@ -58,6 +58,10 @@ class Residency(Message, tag="residency"):
     chain: Chain
 
 
+class Describe(Message, tag="describe"):
+    chain: Chain
+
+
 class WaitFor(Message, tag="wait_for"):
     chain: Chain
     want: int
@@ -155,8 +159,8 @@ class Failure(Message, tag="failure"):
 
 
 Request = (
-    Hello | Match | Residency | WaitFor | Acquire | Release | Reserve | Commit | Abort | Prefetch
-    | Remove | Corrupt | Clear | Flush | Events | Stats
+    Hello | Match | Residency | Describe | WaitFor | Acquire | Release | Reserve | Commit | Abort
+    | Prefetch | Remove | Corrupt | Clear | Flush | Events | Stats
 )  # fmt: skip
 Reply = Welcome | Value | Packed | Grants | Slots | Failure
 

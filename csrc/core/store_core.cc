@@ -14,8 +14,6 @@ namespace {
 using ReadLock = std::shared_lock<std::shared_mutex>;
 using WriteLock = std::unique_lock<std::shared_mutex>;
 
-
-
 }  // namespace
 
 std::int64_t SteadyNowNs() {
@@ -123,7 +121,8 @@ Grant StoreCore::GrantOf(const Entry &entry) const {
     Grant grant;
     grant.payload_offset = arena_->payload_offset(size_class, entry.slot);
     grant.header_offset = arena_->header_offset(size_class, entry.slot);
-    grant.sequence = arena_->header(size_class, entry.slot).sequence.load(std::memory_order_relaxed);
+    grant.sequence =
+        arena_->header(size_class, entry.slot).sequence.load(std::memory_order_relaxed);
     grant.checksum = entry.checksum;
     return grant;
 }
@@ -161,8 +160,8 @@ bool StoreCore::StealChunk(SizeClass size_class) {
     return false;
 }
 
-// Evicts every block of a chunk, with what continues them. False, and nothing done, when one of them
-// is leased or being written.
+// Evicts every block of a chunk, with what continues them. False, and nothing done, when one of
+// them is leased or being written.
 bool StoreCore::EmptyChunk(SizeClass donor, std::uint32_t chunk) {
     const SlotId per_chunk = arena_->slots_per_chunk(donor);
     std::vector<EntryId> leaving;
@@ -570,10 +569,9 @@ void StoreCore::SetSsd(NamespaceId ns, const BlockHash *hashes, const SsdPlace *
     WriteLock lock(mutex_);
     for (std::size_t i = 0; i < n; ++i) {
         const EntryId id = index_.Find(ns, hashes[i]);
-        const bool wanted =
-            id != kNoEntry && index_[id].available() &&
-            index_[id].checksum == places[i].checksum &&
-            (index_[id].depth <= 1 || index_[index_[id].parent].on_ssd());
+        const bool wanted = id != kNoEntry && index_[id].available() &&
+                            index_[id].checksum == places[i].checksum &&
+                            (index_[id].depth <= 1 || index_[index_[id].parent].on_ssd());
         if (!wanted) {
             SsdRecord record;
             record.namespace_id = ns;
@@ -649,7 +647,8 @@ void StoreCore::DropSsd(NamespaceId ns, const BlockHash &hash, std::uint32_t seg
 }
 
 // Drops the ssd copies of a block and of all that continue it. What is then not ready in the cpu
-// tier cannot be had any more, and goes too; a read into its slot that is under way ends in nothing.
+// tier cannot be had any more, and goes too; a read into its slot that is under way ends in
+// nothing.
 void StoreCore::DropSsdCopies(EntryId root) {
     std::vector<EntryId> subtree;
     CollectSubtree(root, &subtree);
@@ -686,8 +685,7 @@ void StoreCore::Survivors(const SsdRecord *records, std::size_t n, bool *keep) {
         const EntryId id = index_.Find(record.namespace_id, record.hash);
         keep[i] = id != kNoEntry && index_[id].ssd_segment == record.place.segment &&
                   index_[id].ssd_page == record.place.page &&
-                  (index_[id].used || index_[id].leases > 0 ||
-                   index_[id].first_child != kNoEntry);
+                  (index_[id].used || index_[id].leases > 0 || index_[id].first_child != kNoEntry);
     }
 }
 

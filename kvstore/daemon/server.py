@@ -311,6 +311,7 @@ _HANDLERS: dict[type, Callable[[LocalControl, Any], wire.Reply]] = {
     wire.Events: _events,
     wire.Match: _value(lambda c, r: c.match(_hashes(r.chain))),
     wire.Residency: lambda c, r: wire.Packed(c.residency(_hashes(r.chain)).tobytes()),
+    wire.Describe: lambda c, r: wire.Packed(c.describe(_hashes(r.chain))),
     wire.WaitFor: _value(lambda c, r: c.wait_for(_hashes(r.chain), r.want, _timeout(r.timeout))),
     wire.Release: _value(lambda c, r: c.release(r.lease)),
     wire.Abort: _value(lambda c, r: c.abort(r.reservation)),

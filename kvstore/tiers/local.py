@@ -185,6 +185,9 @@ class LocalControl:
     def residency(self, hashes: BlockHashes) -> npt.NDArray[np.uint8]:
         return self._core.residency(self._id, hashes.array)
 
+    def describe(self, hashes: BlockHashes) -> bytes:
+        return self._core.describe(self._id, hashes.array)
+
     def wait_for(self, hashes: BlockHashes, want: int, timeout: float) -> int:
         return self._core.wait_for(self._id, hashes.array, hashes.start, want, timeout)
 

@@ -16,7 +16,7 @@ from kvstore.block import BlockHashes
 from kvstore.control import PRESENT, RESERVED
 from kvstore.errors import StoreClosedError
 from kvstore.metrics import Counters
-from kvstore.tiers.records import Records, records_from
+from kvstore.records import Records, records_from
 from kvstore.tiers.ssd_side import NO_CODEC, SsdSide
 from kvstore.transfer import TransferResult
 

@@ -21,7 +21,7 @@ from kvstore.config import StoreConfig, parse_bytes
 from kvstore.control import Ack
 from kvstore.errors import IncompatibleError, KVStoreError
 from kvstore.metrics import Counters
-from kvstore.tiers.records import NOT_ON_SSD, RECORD, Records, hash_rows, records_from
+from kvstore.records import NOT_ON_SSD, RECORD, Records, hash_rows, records_from
 from kvstore.tiers.ssd import SsdConfig, SsdTier
 from kvstore.tiers.ssd_format import Records as Columns
 from kvstore.tiers.write_behind import Job, WriteBehind
@@ -305,8 +305,17 @@ class SsdSide:
 
     # --- watching and ending
 
-    def gauges(self) -> dict[str, int]:
+    def gauges(self) -> dict[str, float]:
+        reports = [codec.error_report() for codec in self._codecs.values() if codec.id != NO_CODEC]
+        raw, encoded = (sum(getattr(r, n) for r in reports) for n in ("raw_bytes", "encoded_bytes"))
         return {
+            "kvstore_codec_ratio": raw / encoded if encoded else 1.0,
+            "kvstore_codec_error_rms_relative": max(
+                (report.error_rms_relative for report in reports), default=0.0
+            ),
+            "kvstore_codec_error_abs_max": max(
+                (report.error_abs_max for report in reports), default=0.0
+            ),
             "kvstore_ssd_used_bytes": self._tier.used_bytes,
             "kvstore_ssd_capacity_bytes": self._tier.capacity_bytes,
             "kvstore_write_behind_bytes": self._writer.queued_bytes,

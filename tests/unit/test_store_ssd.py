@@ -27,8 +27,8 @@ from kvstore import (
     StoreConfig,
 )
 from kvstore.opening import store_of
+from kvstore.records import NOT_ON_SSD, RECORD, records_from
 from kvstore.tiers.local import LocalControl, Tiers
-from kvstore.tiers.records import NOT_ON_SSD, RECORD, records_from
 from tests.store_support import (
     BLOCK_BYTES,
     NAMESPACE,
