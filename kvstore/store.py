@@ -91,12 +91,13 @@ class Reservation:
         if len(ids) != len(self._addresses):
             raise ConfigError(f"block_ids: {len(ids)} given, {len(self._addresses)} are wanted")
         threads = self._store.threads
-        if layers is None:
-            begin, end = 0, buffers.block_bytes
-            _native.gather(buffers.plan, ids, self._addresses, None, threads)
-        else:
-            begin, end = buffers.layer_range(layers[0], layers[1] - layers[0])
-            _native.gather_range(buffers.plan, ids, self._addresses, begin, end, threads)
+        with self._store.writing():
+            if layers is None:
+                begin, end = 0, buffers.block_bytes
+                _native.gather(buffers.plan, ids, self._addresses, None, threads)
+            else:
+                begin, end = buffers.layer_range(layers[0], layers[1] - layers[0])
+                _native.gather_range(buffers.plan, ids, self._addresses, begin, end, threads)
         self._written.append((begin, end))
 
     def commit(self, ack: Ack = "memory") -> Transfer:
@@ -157,6 +158,35 @@ def check_ack(ack: str) -> None:
         raise ConfigError(f"ack: {ack!r} is not one of {', '.join(ACK_LEVELS)}")
 
 
+class _Writers:
+    """Counts calls that write into slots. A slot must not be given back, and so to another writer,
+    while somebody still copies into it: the bytes would be published as the other's.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition(threading.Lock())
+        self._count = 0
+        self._closed = False
+
+    def __enter__(self) -> None:
+        with self._changed:
+            if self._closed:
+                raise StoreClosedError("the store is closed")
+            self._count += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._count -= 1
+            if self._closed:
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        """Let nobody in any more, and wait until all are out."""
+        with self._changed:
+            self._closed = True
+            self._changed.wait_for(lambda: self._count == 0)
+
+
 class Store:
     """A KV-cache store for the blocks of one namespace.
 
@@ -184,6 +214,7 @@ class Store:
         self._timeout = timeout
         self._pool: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()  # guards _pool and _closing
+        self._writers = _Writers()
         self._pins: dict[bytes, list[int]] = {}  # first block -> leases
         self._closing = False
         self._closed = False
@@ -205,6 +236,10 @@ class Store:
         if self._closed:
             raise StoreClosedError("the store is closed")
         return self._control
+
+    def writing(self) -> _Writers:
+        """Return a context in which slots are written: `close` waits for all of them to end."""
+        return self._writers
 
     @property
     def closed(self) -> bool:
@@ -348,8 +383,19 @@ class Store:
         self, chain: BlockHashes, buffers: BlockBuffers, ids: npt.NDArray[np.int64], ack: Ack
     ) -> Transfer:
         control = self.control
-        if self._fast_put is not None and ack == "memory":
-            return Transfer(self._fast_put(chain, buffers.plan, ids, self.threads))
+        with self._writers:
+            if self._fast_put is not None and ack == "memory":
+                return Transfer(self._fast_put(chain, buffers.plan, ids, self.threads))
+            return self._reserve_and_put(control, chain, buffers, ids, ack)
+
+    def _reserve_and_put(
+        self,
+        control: Control,
+        chain: BlockHashes,
+        buffers: BlockBuffers,
+        ids: npt.NDArray[np.int64],
+        ack: Ack,
+    ) -> Transfer:
         reserved = control.reserve(chain)
         counts = np.bincount(reserved.statuses, minlength=5)
         wanted = reserved.statuses == RESERVED
@@ -447,6 +493,7 @@ class Store:
             return
         if pool is not None:
             pool.shutdown(wait=True)
+        self._writers.close()
         self._closed = True
         self._control.close()
 
