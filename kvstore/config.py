@@ -109,6 +109,9 @@ class StoreConfig:
             raise ConfigError(f"lease_seconds: {self.lease_seconds!r} is not positive")
         if self.cpu_bytes < 1 << 20:
             raise ConfigError(f"cpu: {self.cpu_bytes} bytes is less than 1 MiB")
+        self._check_units()
+
+    def _check_units(self) -> None:
         for small, large, times in (("chunk", "cpu", 1), ("ssd_segment", "ssd_capacity", 3)):
             unit, whole = parse_bytes(getattr(self, small)), parse_bytes(getattr(self, large))
             if unit * times > whole and (self.ssd or large == "cpu"):

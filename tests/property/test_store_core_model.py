@@ -29,7 +29,7 @@ from hypothesis.stateful import (
 from kvstore import ContiguousBlocks, _native
 from kvstore.control import NO_SPACE, ORPHAN, PENDING, PRESENT, RESERVED
 from kvstore.events import _EVENT
-from kvstore.tiers.records import NOT_ON_SSD, RECORD, records_from
+from kvstore.records import NOT_ON_SSD, RECORD, records_from
 
 Path = tuple[int, ...]
 Key = tuple[int, Path]  # namespace, path of the block in the tree of chains
@@ -195,7 +195,7 @@ class CoreModel(RuleBasedStateMachine):
                     linked = [c for c in children if c in in_slots and not self.was_unlinked(ns, c)]
                     assert linked, f"{(ns, path)} could have left"
 
-    @precondition(lambda self: getattr(self, "reservations", None))
+    @precondition(lambda self: bool(getattr(self, "reservations", None)))
     @rule(pick=PICK, flags=st.lists(st.booleans(), min_size=DEPTH, max_size=DEPTH))
     def commit(self, pick: int, flags: list[bool]) -> None:
         reservation = sorted(self.reservations)[pick % len(self.reservations)]
@@ -205,7 +205,7 @@ class CoreModel(RuleBasedStateMachine):
         assert self.core.commit(reservation, sums, ok)
         assert not self.core.commit(reservation, sums, ok)
 
-    @precondition(lambda self: getattr(self, "reservations", None))
+    @precondition(lambda self: bool(getattr(self, "reservations", None)))
     @rule(pick=PICK)
     def abort(self, pick: int) -> None:
         reservation = sorted(self.reservations)[pick % len(self.reservations)]
@@ -260,7 +260,7 @@ class CoreModel(RuleBasedStateMachine):
         assert self.core.expire_leases() == (1 if lease else 0)
         assert not self.core.release(lease)
 
-    @precondition(lambda self: getattr(self, "leases", None))
+    @precondition(lambda self: bool(getattr(self, "leases", None)))
     @rule(pick=PICK)
     def release(self, pick: int) -> None:
         lease = sorted(self.leases)[pick % len(self.leases)]
@@ -413,8 +413,8 @@ class CoreModel(RuleBasedStateMachine):
                 assert self.is_marked(key, offset)
                 assert words[header // 8] == sequence
                 assert seen.setdefault(offset, key) == key
-        for _, blocks in self.reservations.values():
-            for key, offset in blocks:
+        for _, reserved in self.reservations.values():
+            for key, offset in reserved:
                 assert self.is_marked(key, offset)
                 assert offset not in seen
                 seen[offset] = key

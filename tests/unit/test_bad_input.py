@@ -3,7 +3,7 @@
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -121,11 +121,12 @@ def test_a_destination_given_twice(store: Store) -> None:
 
 def test_buffers_of_another_block_size(store: Store) -> None:
     wrong = ContiguousBlocks(np.zeros((4, 100), np.uint8))
-    for use in (
+    uses: list[Callable[[], object]] = [
         lambda: store.load(HASHES, wrong),
         lambda: store.put(chain(2, 4), wrong),
         lambda: store.put(chain(2, 4), wrong, ack="ssd"),
-    ):
+    ]
+    for use in uses:
         with pytest.raises(ValueError, match="100"):
             use()
     with store.reserve(chain(2, 4)) as reservation, pytest.raises(ConfigError, match="100"):
@@ -157,7 +158,7 @@ def test_buffers_that_overlap_the_arena(store: Store) -> None:
 
 def test_tensors_of_another_dtype_or_shape() -> None:
     shape = (8, 4, 2, 32, 1, 64)
-    with pytest.raises(ConfigError, match="pool.*float64"):
+    with pytest.raises(ConfigError, match=r"pool.*float64"):
         PagedBuffers.reference(np.zeros(shape, np.float64), SPEC)
     with pytest.raises(ConfigError, match="pool"):
         PagedBuffers.reference(np.zeros((8, 4, 2, 32, 1, 63), np.float32), SPEC)
@@ -382,7 +383,11 @@ def test_truncated_files_are_misses_or_refused(tmp_path: Path, what: str, size: 
     try:
         store = open_store(path)
     except KVStoreError as error:
-        assert str(path) in str(error)
+        refused = str(error)
+    else:
+        refused = ""
+    if refused:
+        assert str(path) in refused
         return
     with store:
         load(store, HASHES)  # compares every byte that comes
