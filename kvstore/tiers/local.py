@@ -201,8 +201,9 @@ class LocalControl:
             if available > in_cpu:
                 granted = self._promote_and_acquire(hashes[:available], granted, ttl, timeout)
         held = len(granted.offsets)
-        self._count(len(hashes), min(in_cpu, held), max(0, held - in_cpu))
-        self._tiers.counters.add("loaded_bytes", held * self._block_bytes)
+        hit_cpu = min(in_cpu, held)
+        num_bytes = held * self._block_bytes
+        self._tiers.counters.add_load(len(hashes), hit_cpu, held - hit_cpu, num_bytes)
         return granted
 
     def _promote_and_acquire(
@@ -225,13 +226,6 @@ class LocalControl:
 
     def _acquire(self, hashes: BlockHashes, ttl: float | None) -> Granted:
         return Granted(*self._core.acquire(self._owner, self._id, hashes.array, ttl, True))
-
-    def _count(self, queried: int, hit_cpu: int, hit_ssd: int) -> None:
-        counters = self._tiers.counters
-        counters.add("queried_blocks", queried)
-        counters.add("hit_cpu_blocks", hit_cpu)
-        counters.add("hit_ssd_blocks", hit_ssd)
-        counters.add("missed_blocks", queried - hit_cpu - hit_ssd)
 
     def release(self, lease: int) -> bool:
         return self._core.release(lease)
@@ -256,8 +250,8 @@ class LocalControl:
             self._tiers.counters.add("integrity_failures")
         is_all = loaded == len(hashes) or self._tiers.ssd is None or self.match(hashes) <= loaded
         if is_all:
-            self._count(len(hashes), loaded, 0)
-            self._tiers.counters.add("loaded_bytes", loaded * self._block_bytes)
+            num_bytes = loaded * self._block_bytes
+            self._tiers.counters.add_load(len(hashes), loaded, 0, num_bytes)
         return loaded, is_all
 
     def prefetch(self, hashes: BlockHashes) -> Future[TransferResult]:
