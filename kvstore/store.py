@@ -95,18 +95,18 @@ class Reservation:
             layers: copy only layers [a, b); all layers must be written before `commit`.
         """
         self._check_open()
+        buffers.require_block_bytes(self._store.namespace.spec.block_bytes)
         ids = as_block_ids(block_ids)
         if len(ids) != len(self._addresses):
             raise ConfigError(f"block_ids: {len(ids)} given, {len(self._addresses)} are wanted")
         threads = self._store.threads
-        if layers is None:
-            begin, end = 0, buffers.block_bytes
-            self._check_size(buffers)
-            _native.gather(buffers.plan, ids, self._addresses, None, threads)
-        else:
-            begin, end = buffers.layer_range(layers[0], layers[1] - layers[0])
-            self._check_size(buffers)
-            _native.gather_range(buffers.plan, ids, self._addresses, begin, end, threads)
+        with self._store.writing():
+            if layers is None:
+                begin, end = 0, buffers.block_bytes
+                _native.gather(buffers.plan, ids, self._addresses, None, threads)
+            else:
+                begin, end = buffers.layer_range(layers[0], layers[1] - layers[0])
+                _native.gather_range(buffers.plan, ids, self._addresses, begin, end, threads)
         self._written.append((begin, end))
 
     def commit(self, ack: Ack = "memory") -> Transfer:
@@ -139,13 +139,6 @@ class Reservation:
             raise StoreClosedError("the reservation was committed or aborted")
         _ = self._store.control  # raises when the store was closed and the slots are others' now
 
-    def _check_size(self, buffers: BlockBuffers) -> None:
-        size = self._store.namespace.spec.block_bytes
-        if buffers.block_bytes != size:
-            raise ConfigError(
-                f"buffers: blocks of {buffers.block_bytes} bytes, the namespace's have {size}"
-            )
-
     def _check_whole(self, size: int) -> None:
         done = 0
         for begin, end in sorted(self._written):
@@ -174,6 +167,35 @@ def check_ack(ack: str) -> None:
         raise ConfigError(f"ack: {ack!r} is not one of {', '.join(ACK_LEVELS)}")
 
 
+class _Writers:
+    """Counts calls that write into slots. A slot must not be given back, and so to another writer,
+    while somebody still copies into it: the bytes would be published as the other's.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition(threading.Lock())
+        self._count = 0
+        self._closed = False
+
+    def __enter__(self) -> None:
+        with self._changed:
+            if self._closed:
+                raise StoreClosedError("the store is closed")
+            self._count += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._count -= 1
+            if self._closed:
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        """Let nobody in any more, and wait until all are out."""
+        with self._changed:
+            self._closed = True
+            self._changed.wait_for(lambda: self._count == 0)
+
+
 class Store:
     """A KV-cache store for the blocks of one namespace.
 
@@ -194,12 +216,14 @@ class Store:
         timeout: float = 10.0,
     ) -> None:
         self._control = control
+        self._block_bytes = control.namespace.spec.block_bytes
         self._verify = verify_always
         self.threads = threads
         self._lease_seconds = lease_seconds
         self._timeout = timeout
         self._pool: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()  # guards _pool and _closing
+        self._writers = _Writers()
         self._pins: dict[bytes, list[int]] = {}  # first block -> leases
         self._closing = False
         self._closed = False
@@ -221,6 +245,10 @@ class Store:
         if self._closed:
             raise StoreClosedError("the store is closed")
         return self._control
+
+    def writing(self) -> _Writers:
+        """Return a context in which slots are written: `close` waits for all of them to end."""
+        return self._writers
 
     @property
     def closed(self) -> bool:
@@ -304,6 +332,7 @@ class Store:
         """
         chain = BlockHashes.of(hashes)
         ids = self._ids(chain, block_ids)
+        buffers.require_block_bytes(self._block_bytes)
         buffers.require_writable()
         if background:
             return self._submit(lambda: self._load(chain, buffers, ids, timeout))
@@ -354,6 +383,7 @@ class Store:
         check_ack(ack)
         chain = BlockHashes.of(hashes)
         ids = self._ids(chain, block_ids)
+        buffers.require_block_bytes(self._block_bytes)
         if background:
             return self._submit(lambda: self._put(chain, buffers, ids, ack).wait())
         return self._put(chain, buffers, ids, ack)
@@ -362,8 +392,19 @@ class Store:
         self, chain: BlockHashes, buffers: BlockBuffers, ids: npt.NDArray[np.int64], ack: Ack
     ) -> Transfer:
         control = self.control
-        if self._fast_put is not None and ack == "memory":
-            return Transfer(self._fast_put(chain, buffers.plan, ids, self.threads))
+        with self._writers:
+            if self._fast_put is not None and ack == "memory":
+                return Transfer(self._fast_put(chain, buffers.plan, ids, self.threads))
+            return self._reserve_and_put(control, chain, buffers, ids, ack)
+
+    def _reserve_and_put(
+        self,
+        control: Control,
+        chain: BlockHashes,
+        buffers: BlockBuffers,
+        ids: npt.NDArray[np.int64],
+        ack: Ack,
+    ) -> Transfer:
         reserved = control.reserve(chain)
         wanted = reserved.statuses == RESERVED
         addresses = reserved.offsets[wanted] + np.uint64(control.arena.ctypes.data)
@@ -455,6 +496,7 @@ class Store:
             return
         if pool is not None:
             pool.shutdown(wait=True)
+        self._writers.close()
         self._closed = True
         self._control.close()
 

@@ -6,11 +6,14 @@ namespace. The embedded store has one, a daemon has one for each client.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +35,15 @@ IN_CPU = 1 | 4  # residency: ready, or being written
 PROMISE_SECONDS = 10.0  # how long a put at a level above memory waits for room in the queue
 EVENT_CAPACITY = 1 << 16  # of a namespace, 96 B each; a reader further behind sees a gap
 _WAIT_SLICE_SECONDS = 0.25
+
+
+def memory_bytes() -> int:
+    """Return how much memory this process may use: the machine's, or its control group's."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
+            limits.append(int(Path(path).read_text()))
+    return min(limits)
 
 
 class Tiers:
@@ -59,6 +71,10 @@ class Tiers:
             raise ConfigError(
                 f"cpu: {config.cpu_bytes} bytes do not hold one block of {first_block_bytes} bytes"
             )
+        # Asked for, the kernel would go on finding pages until it kills somebody.
+        there = memory_bytes()
+        if config.cpu_bytes > there:
+            raise OutOfSpaceError(f"cpu: {config.cpu_bytes} bytes, this machine has {there} bytes")
         try:
             self.core = _native.StoreCore(
                 config.cpu_bytes, chunk, config.huge_pages, config.eviction

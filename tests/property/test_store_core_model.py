@@ -197,7 +197,7 @@ class CoreModel(RuleBasedStateMachine):
                     linked = [c for c in children if c in in_slots and not self.was_unlinked(ns, c)]
                     assert linked, f"{(ns, path)} could have left"
 
-    @precondition(lambda self: getattr(self, "reservations", None))
+    @precondition(lambda self: bool(getattr(self, "reservations", None)))
     @rule(pick=PICK, flags=st.lists(st.booleans(), min_size=DEPTH, max_size=DEPTH))
     def commit(self, pick: int, flags: list[bool]) -> None:
         reservation = sorted(self.reservations)[pick % len(self.reservations)]
@@ -209,7 +209,7 @@ class CoreModel(RuleBasedStateMachine):
         assert self.core.commit(owner, reservation, sums, ok)
         assert not self.core.commit(owner, reservation, sums, ok)
 
-    @precondition(lambda self: getattr(self, "reservations", None))
+    @precondition(lambda self: bool(getattr(self, "reservations", None)))
     @rule(pick=PICK)
     def abort(self, pick: int) -> None:
         reservation = sorted(self.reservations)[pick % len(self.reservations)]
@@ -264,7 +264,7 @@ class CoreModel(RuleBasedStateMachine):
         assert self.core.expire_leases() == (1 if lease else 0)
         assert not self.core.release(self.owners[0], lease)
 
-    @precondition(lambda self: getattr(self, "leases", None))
+    @precondition(lambda self: bool(getattr(self, "leases", None)))
     @rule(pick=PICK)
     def release(self, pick: int) -> None:
         lease = sorted(self.leases)[pick % len(self.leases)]
@@ -418,8 +418,8 @@ class CoreModel(RuleBasedStateMachine):
                 assert self.is_marked(key, offset)
                 assert words[header // 8] == sequence
                 assert seen.setdefault(offset, key) == key
-        for _, blocks in self.reservations.values():
-            for key, offset in blocks:
+        for _, reserved in self.reservations.values():
+            for key, offset in reserved:
                 assert self.is_marked(key, offset)
                 assert offset not in seen
                 seen[offset] = key
