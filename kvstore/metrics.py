@@ -51,26 +51,36 @@ METRICS: tuple[Metric, ...] = (
     Metric("kvstore_codec_error_abs_max", "gauge", "largest sampled error of a lossy codec"),
     Metric("kvstore_write_behind_bytes", "gauge", "bytes waiting for the ssd"),
 )
-_NAMES = frozenset(metric.name for metric in METRICS)
+
+
+_PREFIX, _SUFFIX = "kvstore_", "_total"
 
 
 class Counters:
-    """Counters by name. Thread-safe."""
+    """Counters by name, without `kvstore_` and `_total`. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._values = {metric.name: 0 for metric in METRICS if metric.kind == "counter"}
+        self._values = {
+            metric.name.removeprefix(_PREFIX).removesuffix(_SUFFIX): 0
+            for metric in METRICS
+            if metric.kind == "counter"
+        }
 
     def add(self, name: str, value: int = 1) -> None:
-        """Add to `kvstore_<name>_total`."""
-        key = f"kvstore_{name}_total"
-        assert key in _NAMES, key
+        """Add to `kvstore_<name>_total`. Raises KeyError for a name that is not declared."""
         with self._lock:
-            self._values[key] += value
+            self._values[name] += value
+
+    def add_all(self, **amounts: int) -> None:
+        """Add to several at once: a reader of `snapshot` sees all of it or nothing."""
+        with self._lock:
+            for name, value in amounts.items():
+                self._values[name] += value
 
     def snapshot(self) -> dict[str, int]:
         with self._lock:
-            return dict(self._values)
+            return {f"{_PREFIX}{name}{_SUFFIX}": value for name, value in self._values.items()}
 
 
 def metrics_page() -> str:

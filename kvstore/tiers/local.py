@@ -177,7 +177,6 @@ class LocalControl:
                 granted = self._promote_and_acquire(hashes[:available], granted, ttl, timeout)
         held = len(granted.offsets)
         self._count(len(hashes), min(in_cpu, held), max(0, held - in_cpu))
-        self._tiers.counters.add("loaded_bytes", held * self._block_bytes)
         return granted
 
     def _promote_and_acquire(
@@ -199,11 +198,14 @@ class LocalControl:
         return Granted(*self._core.acquire(self._owner, self._id, hashes.array, ttl, True))
 
     def _count(self, queried: int, hit_cpu: int, hit_ssd: int) -> None:
-        counters = self._tiers.counters
-        counters.add("queried_blocks", queried)
-        counters.add("hit_cpu_blocks", hit_cpu)
-        counters.add("hit_ssd_blocks", hit_ssd)
-        counters.add("missed_blocks", queried - hit_cpu - hit_ssd)
+        found = hit_cpu + hit_ssd
+        self._tiers.counters.add_all(
+            queried_blocks=queried,
+            hit_cpu_blocks=hit_cpu,
+            hit_ssd_blocks=hit_ssd,
+            missed_blocks=queried - found,
+            loaded_bytes=found * self._block_bytes,
+        )
 
     def release(self, lease: int) -> bool:
         return self._core.release(lease)
@@ -227,7 +229,6 @@ class LocalControl:
             self._tiers.counters.add("integrity_failures")
         if loaded == len(hashes):
             self._count(loaded, loaded, 0)
-            self._tiers.counters.add("loaded_bytes", loaded * self._block_bytes)
         return loaded
 
     def prefetch(self, hashes: BlockHashes) -> Future[TransferResult]:
