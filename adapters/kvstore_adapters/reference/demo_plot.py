@@ -31,6 +31,7 @@ def draw(runs: list[DemoRun], path: Path) -> None:
     _cumulative(cumulative, runs, by_name, names)
     _phase_shares(shares, runs)
     _against_length(lengths, runs)
+    figure.legend(*times.get_legend_handles_labels(), loc="outside upper center", ncols=len(runs))
     figure.savefig(path, dpi=110)
 
 
@@ -41,11 +42,12 @@ def _request_times(
     width = 0.84 / len(runs)
     for index, run in enumerate(runs):
         latency = [by_name[index][name].latency_s for name in names]
-        axes.bar(at + (index + 0.5) * width - 0.42, latency, width, label=run.name, color=COLORS[index])
+        axes.bar(
+            at + (index + 0.5) * width - 0.42, latency, width, label=run.name, color=COLORS[index]
+        )
     axes.set_xticks(at, names, rotation=35, ha="right")
     axes.set_ylabel("latency, s")
     axes.set_title("Time of each request")
-    axes.legend()
 
 
 def _cumulative(
@@ -58,17 +60,22 @@ def _cumulative(
     axes.set_ylabel("sum of latencies, s")
     axes.set_ylim(bottom=0)
     axes.set_title("Cumulative time")
-    axes.legend()
 
 
 def _phase_shares(axes: Any, runs: list[DemoRun]) -> None:
     """Where the latency went. The second token has the hand-over to the decode worker in it."""
-    phases = ("first token (queue, load, prefill, save)", "second token (hand-over)", "further tokens")
+    phases = (
+        "first token (queue, load, prefill, save)",
+        "second token (hand-over)",
+        "further tokens",
+    )
     shares = np.array([_phases(run) for run in runs])
     shares /= np.maximum(shares.sum(axis=1, keepdims=True), 1e-9)
     left = np.zeros(len(runs))
     for index, phase in enumerate(phases):
-        axes.barh(range(len(runs)), shares[:, index], left=left, label=phase, color=COLORS[index + 1])
+        axes.barh(
+            range(len(runs)), shares[:, index], left=left, label=phase, color=COLORS[index + 1]
+        )
         for row, share in enumerate(shares[:, index]):
             if share > 0.06:
                 axes.text(left[row] + share / 2, row, f"{share:.0%}", ha="center", va="center")
@@ -105,4 +112,3 @@ def _against_length(axes: Any, runs: list[DemoRun]) -> None:
     axes.set_xlabel("tokens of the prompt")
     axes.set_ylabel("TTFT, ms")
     axes.set_title("Time to first token against the prompt's length")
-    axes.legend()

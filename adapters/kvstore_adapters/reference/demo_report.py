@@ -120,7 +120,11 @@ def _total_hit_ratio(runs: list[DemoRun]) -> dict[str, float]:
 
 
 def _figure(
-    name: str, value: float | bool, unit: str, theirs: float | None = None, against: str | None = None
+    name: str,
+    value: float | bool,
+    unit: str,
+    theirs: float | None = None,
+    against: str | None = None,
 ) -> dict[str, Any]:
     """`theirs` is a time of the same run to compare with: theirs / ours."""
     ratio = theirs / value if theirs is not None and value else None
@@ -174,12 +178,12 @@ def table(runs: list[DemoRun], result: dict[str, Any]) -> Group:
     from rich.table import Table
     from rich.text import Text
 
-    times = Table(title="kvstore demo: means of each run's requests")
-    for header in ("run", "TTFT ms", "TPOT ms", "latency ms", "out tok/s", "in tok/s", "wall s"):
+    times = Table(title="Means over each run's requests, times in ms, rates in tokens/s")
+    for header in ("run", "TTFT", "TPOT", "latency", "output", "prompt", "wall s"):
         times.add_column(header, justify="left" if header == "run" else "right", no_wrap=True)
-    bytes_ = Table(title="KV through the store")
-    for header in ("run", "hit DRAM", "hit SSD", "computed", "loaded", "saved", "SSD read"):
-        bytes_.add_column(header, justify="left" if header == "run" else "right", no_wrap=True)
+    kv = Table(title="KV through the store: prompts' blocks by tier, and MiB")
+    for header in ("run", "DRAM", "SSD", "computed", "loaded", "saved", "SSD read"):
+        kv.add_column(header, justify="left" if header == "run" else "right", no_wrap=True)
     for run in runs:
         times.add_row(
             run.name,
@@ -192,7 +196,7 @@ def table(runs: list[DemoRun], result: dict[str, Any]) -> Group:
         )
         if run.mode is not Mode.COLOCATED:
             ratio = run.hit_ratio
-            bytes_.add_row(
+            kv.add_row(
                 run.name,
                 *(f"{ratio[name]:.1%}" for name in ("cpu", "ssd", "missed")),
                 _mebibytes(run.bytes_loaded),
@@ -206,11 +210,11 @@ def table(runs: list[DemoRun], result: dict[str, Any]) -> Group:
         f"TTFT against the cold run: {cold / warm:.1f}x from DRAM, "
         f"{cold / fresh:.1f}x from SSD in a fresh process"
     )
-    return Group(times, bytes_, Text(text, style="green" if same else "bold red"))
+    return Group(times, kv, Text(text, style="green" if same else "bold red"))
 
 
 def _mebibytes(size: float) -> str:
-    return f"{size / (1 << 20):.1f} MiB"
+    return f"{size / (1 << 20):.1f}"
 
 
 def _mean_ms(seconds: Iterable[float]) -> float:

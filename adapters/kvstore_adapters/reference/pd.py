@@ -357,7 +357,8 @@ class Cluster:
                 self._handle(worker, message)
         now = time.monotonic()
         for job in [job for job in self._jobs.values() if job.deadline_s <= now]:
-            self._time_out(job)
+            if self._jobs.get(job.prompt.request_id) is job:  # one that timed out may end others
+                self._time_out(job)
 
     def _handle(self, worker: WorkerProcess, message: FromWorker) -> None:
         if isinstance(message, Tokens):
@@ -461,8 +462,11 @@ class Cluster:
         self._finish(job, f"not done within {self.settings.request_timeout_s:g} s")
         if worker is None or not worker.alive:
             return
-        silent = worker.heard_s < job.dispatched_s
-        if silent or not worker.send(Cancel(job.prompt.request_id)):
+        # Nothing was heard since it got the request, half a deadline ago or more: it is hung. One
+        # that got the request late, from a worker that was lost, may just be busy.
+        long_ago = time.monotonic() - self.settings.request_timeout_s / 2
+        hung = max(worker.heard_s, job.dispatched_s) < long_ago
+        if hung or not worker.send(Cancel(job.prompt.request_id)):
             self._lose(worker)
 
     # --- counting
@@ -478,9 +482,9 @@ class Cluster:
                 messages = worker.receive()
                 if messages is None:
                     self._lose(worker)
-                    asked.pop(id(worker), None)
+                    asked.pop(id(worker), False)
                 for message in messages or ():
-                    if isinstance(message, Counters) and asked.pop(id(worker), None):
+                    if isinstance(message, Counters) and asked.pop(id(worker), False):
                         sums[worker.role is Role.DECODE] += message.counters
         return sums[False], sums[True]
 

@@ -19,6 +19,7 @@ import kvstore
 from kvstore import ConfigError, KVStoreError, Namespace
 
 from . import checkpoint
+from .counters import TransferCounters
 from .messages import (
     Attach,
     Attached,
@@ -38,7 +39,6 @@ from .messages import (
     ToWorker,
     frame,
 )
-from .counters import TransferCounters
 from .scheduler import Request
 from .store_transfer import StoreTransfer, namespace_of
 from .worker import Output, ReferenceWorker
