@@ -43,14 +43,14 @@ def _print_version(wanted: bool) -> None:
 def _root(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it."),
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
     """A tiered KV-cache store for LLM inference."""
 
 
 def build_app(plugins: Iterable[metadata.EntryPoint] | None = None) -> typer.Typer:
-    """The application with the built-in commands and those of `plugins` (default: all installed)."""
+    """The application: built-in commands and those of `plugins` (default: all installed)."""
     app = typer.Typer(
         cls=_Commands,
         name="kvstore",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,6 @@ from kvstore_adapters.reference.pd import (
     RequestResult,
     Role,
     RunResult,
-    WorkerError,
 )
 
 NANO = ModelSource(size="nano", seed=5)
@@ -64,9 +63,14 @@ def tokens_of(result: RunResult) -> dict[str, list[int]]:
 
 
 @pytest.fixture(scope="module")
-def expected() -> dict[str, list[int]]:
-    with Cluster(cluster(Mode.COLOCATED)) as colocated:
-        return tokens_of(colocated.run(SESSIONS))
+def colocated() -> Iterator[Cluster]:
+    with Cluster(cluster(Mode.COLOCATED)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def expected(colocated: Cluster) -> dict[str, list[int]]:
+    return tokens_of(colocated.run(SESSIONS))
 
 
 def test_tokens_are_the_same_disaggregated_cached_and_from_ssd_in_a_fresh_process(
@@ -144,11 +148,10 @@ def test_a_stopped_worker_costs_one_deadline(expected: dict[str, list[int]]) -> 
     assert len(done) >= 4
 
 
-def test_a_request_that_cannot_run_is_refused_with_the_reason() -> None:
+def test_a_request_that_cannot_run_is_refused_with_the_reason(colocated: Cluster) -> None:
     bad = Prompt("too long", [1] * 40_000, 4)
     good = Prompt("good", [1] * 20, 4)
-    with Cluster(cluster(Mode.COLOCATED)) as running:
-        results = {r.request_id: r for r in running.run([[bad, good]]).requests}
+    results = {r.request_id: r for r in colocated.run([[bad, good]]).requests}
     assert "positions" in str(results["too long"].error)
     assert results["good"].error is None
     assert len(results["good"].token_ids) == 4
@@ -156,7 +159,7 @@ def test_a_request_that_cannot_run_is_refused_with_the_reason() -> None:
 
 def test_a_model_that_cannot_be_loaded_says_why(tmp_path: Path) -> None:
     with (
-        pytest.raises(WorkerError, match=r"not a checkpoint directory: .*config.json"),
+        pytest.raises(kvstore.ConfigError, match=r"not a checkpoint directory: .*config.json"),
         Cluster(cluster(Mode.PD, model=ModelSource(directory=str(tmp_path)))),
     ):
         pass

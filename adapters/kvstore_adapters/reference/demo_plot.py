@@ -13,6 +13,7 @@ from .demo_report import DemoRun
 if TYPE_CHECKING:
     from .pd import RequestResult
 
+PHASE_COLORS = ("#bbccee", "#eecc88", "#ccddaa")
 COLORS = ("#777777", "#4477aa", "#cc6677", "#ddaa33", "#228833")
 
 
@@ -74,7 +75,7 @@ def _phase_shares(axes: Any, runs: list[DemoRun]) -> None:
     left = np.zeros(len(runs))
     for index, phase in enumerate(phases):
         axes.barh(
-            range(len(runs)), shares[:, index], left=left, label=phase, color=COLORS[index + 1]
+            range(len(runs)), shares[:, index], left=left, label=phase, color=PHASE_COLORS[index]
         )
         for row, share in enumerate(shares[:, index]):
             if share > 0.06:

@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from .counters import TransferCounters
 from .pd import Mode, RequestResult, RunResult
 
 if TYPE_CHECKING:
@@ -48,10 +49,7 @@ class DemoRun:
     @property
     def hit_ratio(self) -> dict[str, float]:
         """Shares of the prompts' full blocks that prefill took from each tier, or computed."""
-        counters = self.result.prefill
-        queried = max(1, counters.queried_blocks)
-        cpu, ssd = counters.hit_cpu_blocks / queried, counters.hit_ssd_blocks / queried
-        return {"cpu": cpu, "ssd": ssd, "missed": 1.0 - cpu - ssd}
+        return _hit_ratio([self.result.prefill])
 
     @property
     def bytes_loaded(self) -> int:
@@ -69,9 +67,8 @@ class DemoRun:
 def report(runs: list[DemoRun]) -> dict[str, Any]:
     """The object that `--json` prints."""
     colocated, disaggregated, cold, warm, fresh = runs
-    cached = [cold, warm, fresh]
     identical = tokens_identical(runs)
-    hit_ratio = _total_hit_ratio(cached)
+    hit_ratio = _hit_ratio([run.result.prefill for run in (cold, warm, fresh)])
     moved = sum(run.bytes_moved for run in runs)
     figures = [
         _figure("tokens_identical", identical, "bool"),
@@ -111,12 +108,14 @@ def tokens_identical(runs: list[DemoRun]) -> bool:
     return len({len(run.result.requests) for run in runs}) == 1
 
 
-def _total_hit_ratio(runs: list[DemoRun]) -> dict[str, float]:
-    """Over the three runs with cache together."""
-    queried = max(1, sum(run.result.prefill.queried_blocks for run in runs))
-    cpu = sum(run.result.prefill.hit_cpu_blocks for run in runs) / queried
-    ssd = sum(run.result.prefill.hit_ssd_blocks for run in runs) / queried
-    return {"cpu": cpu, "ssd": ssd, "missed": 1.0 - cpu - ssd}
+def _hit_ratio(counters: list[TransferCounters]) -> dict[str, float]:
+    blocks = {
+        "cpu": sum(each.hit_cpu_blocks for each in counters),
+        "ssd": sum(each.hit_ssd_blocks for each in counters),
+    }
+    queried = sum(each.queried_blocks for each in counters)
+    blocks["missed"] = queried - sum(blocks.values())
+    return {tier: count / max(1, queried) for tier, count in blocks.items()}
 
 
 def _figure(
@@ -151,8 +150,8 @@ def _run(run: DemoRun) -> dict[str, Any]:
         "hit_ratio": run.hit_ratio,
         "bytes_loaded": run.bytes_loaded,
         "bytes_saved": run.bytes_saved,
-        "bytes_ssd_read": store.get("kvstore_ssd_read_bytes_total", 0),
-        "bytes_ssd_written": store.get("kvstore_ssd_written_bytes_total", 0),
+        "bytes_ssd_read": int(store.get("kvstore_ssd_read_bytes_total", 0)),
+        "bytes_ssd_written": int(store.get("kvstore_ssd_written_bytes_total", 0)),
         "store_errors": run.result.prefill.errors + run.result.decode.errors,
         "requests": [_request(request) for request in run.result.requests],
     }

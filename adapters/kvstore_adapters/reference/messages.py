@@ -113,9 +113,10 @@ class Counters(Message, tag="counters"):
 
 
 class Failed(Message, tag="failed"):
-    """The worker cannot start."""
+    """The worker cannot start. `wrong_setting`: because of what it was told."""
 
     reason: str
+    wrong_setting: bool
 
 
 FromWorker = Ready | Attached | Tokens | Refused | Counters | Failed

@@ -147,7 +147,7 @@ class WorkerProcess:
 
     def __init__(self, role: Role, index: int) -> None:
         self.role = role
-        self.name = f"{role.value} worker {index}"
+        self.name = f"worker {index}" if role is Role.BOTH else f"{role.value} worker {index}"
         self.jobs: dict[str, _Job] = {}
         self.alive = True
         self.heard_s = time.monotonic()
@@ -162,6 +162,7 @@ class WorkerProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=self._stderr,
                 stderr=self._stderr,
+                start_new_session=True,  # an interrupt is for the router, which ends the workers
             )
         self.connection.settimeout(SEND_SECONDS_MAX)
 
@@ -220,6 +221,7 @@ class Cluster:
 
     Raises (on entering):
         WorkerError: a worker did not start in time; with the reason that it gave.
+        ConfigError: the same, because of a wrong setting.
         KVStoreError: the store cannot be opened.
     """
 
@@ -308,7 +310,8 @@ class Cluster:
                     raise WorkerError(f"{worker.name} ended while starting: {worker.last_words()}")
                 for message in messages:
                     if isinstance(message, Failed):
-                        raise WorkerError(f"{worker.name}: {message.reason}")
+                        kind_of_error = ConfigError if message.wrong_setting else WorkerError
+                        raise kind_of_error(f"{worker.name}: {message.reason}")
                     assert isinstance(message, kind), message
                     replies.append(message)
                     waiting.pop(id(worker), None)
