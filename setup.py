@@ -8,14 +8,15 @@ from setuptools import setup
 
 SANITIZE = os.environ.get("KVSTORE_SANITIZE", "")  # e.g. "address,undefined" or "thread"
 SOURCES = sorted(
-    str(path) for part in ("core", "copy", "io", "python") for path in Path("csrc", part).glob("*.cc")
+    str(path)
+    for part in ("core", "copy", "io", "python")
+    for path in Path("csrc", part).glob("*.cc")
 )
 
 # CPython builds extensions with -DNDEBUG, which would silently drop every assert().
 flags = ["-UNDEBUG", "-O3", "-g1", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden", "-pthread"]
 if SANITIZE:
     flags += [f"-fsanitize={SANITIZE}", "-O1", "-fno-omit-frame-pointer"]
-
 
 
 def is_stale(obj: str, source: str) -> bool:

@@ -1,14 +1,14 @@
 """A tiered KV-cache store for LLM inference.
 
-    import numpy as np
-    import kvstore
+import numpy as np
+import kvstore
 
-    spec = kvstore.BlockSpec(num_layers=28, num_kv_heads=8, head_dim=128, block_tokens=16)
-    with kvstore.open("qwen3-0.6b", spec=spec, cpu="1GiB") as store:
-        hashes = kvstore.hash_blocks(token_ids, block_tokens=16)
-        blocks = kvstore.ContiguousBlocks(kv)        # or PagedBuffers for an engine's own layout
-        store.put(hashes, blocks)
-        num_loaded = store.load(hashes, blocks).wait().num_blocks
+spec = kvstore.BlockSpec(num_layers=28, num_kv_heads=8, head_dim=128, block_tokens=16)
+with kvstore.open("qwen3-0.6b", spec=spec, cpu="1GiB") as store:
+    hashes = kvstore.hash_blocks(token_ids, block_tokens=16)
+    blocks = kvstore.ContiguousBlocks(kv)        # or PagedBuffers for an engine's own layout
+    store.put(hashes, blocks)
+    num_loaded = store.load(hashes, blocks).wait().num_blocks
 """
 
 from kvstore.block import BlockHash, BlockHashes, BlockSpec, Namespace
@@ -31,8 +31,8 @@ from kvstore.events import AllBlocksCleared, BlockRemoved, BlockStored
 from kvstore.hashing import PrefixHasher, hash_blocks
 from kvstore.layout import AxisTensor, BlockBuffers, ContiguousBlocks, PagedBuffers
 from kvstore.lease import Lease
-from kvstore.opening import open_store as open  # noqa: A004 - kvstore.open, as in dbm.open
-from kvstore.store import Hit, Reservation, Store
+from kvstore.opening import open_store as open
+from kvstore.store import BlockInfo, Hit, Reservation, Store
 from kvstore.transfer import Transfer, TransferResult
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "BlockBuffers",
     "BlockHash",
     "BlockHashes",
+    "BlockInfo",
     "BlockRemoved",
     "BlockSpec",
     "BlockStored",

@@ -1,9 +1,9 @@
-from collections.abc import Callable
-from collections.abc import Sequence
-from typing import Any
-from typing_extensions import Buffer
+from collections.abc import Callable, Sequence
+from typing import Any, final
+
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import Buffer
 
 # --- hash
 def hash_blocks(

@@ -22,7 +22,14 @@ HashArray: TypeAlias = npt.NDArray[np.uint8]
 
 HASH_BYTES: Final = 32
 HASH_ALGORITHMS: Final = ("blake3", "sha256", "vllm_sha256", "vllm_sha256_cbor")
-DTYPE_BYTES: Final = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3": 1, "int8": 1}
+DTYPE_BYTES: Final = {
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "float8_e4m3": 1,
+    "int8": 1,
+    "uint8": 1,  # what engines call the bytes of a KV cache that they quantised themselves
+}
 BLOCK_KINDS: Final = ("kv", "latent")
 
 # Part of every description, so that a later, different one is refused and not misread.

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from kvstore import _native
 from kvstore.errors import ConfigError
@@ -135,7 +136,10 @@ def as_block_ids(block_ids: object) -> npt.NDArray[np.int64]:
     if ids.dtype != np.int64:
         if ids.size and ids.dtype.kind not in "iu":
             raise TypeError(f"block_ids must be integers, not {ids.dtype}")
+        if ids.dtype == np.uint64 and ids.size and ids.max() >= 1 << 63:
+            raise IndexError(f"block id {ids.max()} is out of range")
         ids = ids.astype(np.int64)
     if ids.ndim != 1:
         raise ValueError(f"block_ids must have one dimension, not {ids.ndim}")
-    return np.ascontiguousarray(ids)
+    contiguous: npt.NDArray[np.int64] = np.ascontiguousarray(ids)
+    return contiguous

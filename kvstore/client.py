@@ -37,7 +37,12 @@ def _u64(packed: bytes) -> Offsets:
 
 
 class _Connections:
-    """Idle connections of one client. Each request has one to itself, so none waits for another."""
+    """The connections of one client. Each request has one to itself, so none waits for another.
+
+    One more, the session, carries no requests: while it is open the daemon knows that we live. A
+    request that fails costs its connection; were that the last one, the daemon would give our
+    reserved slots to others while another thread still writes to them.
+    """
 
     def __init__(self, path: str, namespace: Namespace) -> None:
         self._path = path
@@ -45,7 +50,7 @@ class _Connections:
         self._lock = threading.Lock()
         self._idle: list[socket.socket] = []
         self._closed = False
-        first, fd = self._connect(b"")
+        self._session, first, fd = self._connect(b"")
         self.welcome = first
         assert fd is not None
         try:
@@ -53,7 +58,7 @@ class _Connections:
         finally:
             os.close(fd)
 
-    def _connect(self, client: bytes) -> tuple[wire.Welcome, int | None]:
+    def _connect(self, client: bytes) -> tuple[socket.socket, wire.Welcome, int | None]:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         connection.settimeout(_SLACK_SECONDS)
         try:
@@ -68,9 +73,7 @@ class _Connections:
         if not isinstance(reply, wire.Welcome):
             connection.close()
             raise _error_of(reply)
-        with self._lock:
-            self._idle.append(connection)
-        return reply, fd
+        return connection, reply, fd
 
     @contextmanager
     def one(self, timeout: float) -> Iterator[socket.socket]:
@@ -80,10 +83,7 @@ class _Connections:
                 raise errors.StoreClosedError("the store is closed")
             connection = self._idle.pop() if self._idle else None
         if connection is None:
-            self._connect(self.welcome.client)
-            with self.one(timeout) as connection:
-                yield connection
-            return
+            connection, _, _ = self._connect(self.welcome.client)
         connection.settimeout(timeout + _SLACK_SECONDS)
         try:
             yield connection
@@ -100,7 +100,7 @@ class _Connections:
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []
-        for connection in idle:
+        for connection in [self._session, *idle]:
             connection.close()
 
 
@@ -163,6 +163,9 @@ class RemoteControl:
     def residency(self, hashes: BlockHashes) -> npt.NDArray[np.uint8]:
         reply = self._ask(wire.Residency(_chain(hashes)), wire.Packed)
         return np.frombuffer(reply.data, np.uint8)
+
+    def describe(self, hashes: BlockHashes) -> bytes:
+        return self._ask(wire.Describe(_chain(hashes)), wire.Packed).data
 
     def wait_for(self, hashes: BlockHashes, want: int, timeout: float) -> int:
         return int(self._value(wire.WaitFor(_chain(hashes), want, timeout), timeout))

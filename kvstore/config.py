@@ -32,7 +32,7 @@ for _power, _letter in enumerate("kmgt", start=1):
 
 
 def parse_bytes(value: int | str, name: str = "size") -> int:
-    """Return a size in bytes: an int as it is, or text such as "8GiB", "512M" (= MiB), "1GB" (10^9).
+    """Return bytes: an int as it is, or text such as "8GiB", "512M" (= MiB), "1GB" (10^9).
 
     Raises:
         ConfigError: the text is not a size, or the size is negative; the message names `name`.
@@ -74,7 +74,9 @@ class StoreConfig:
     ssd_io: IoKind = "auto"
     ssd_depth: int = 16  # requests in flight
     codec: str = "none"  # how blocks are encoded on ssd: none, zstd, int8 (lossy), fp8 (lossy)
-    write_behind: int | str = "256MiB"  # bytes that may wait for the ssd; over it, blocks stay in DRAM
+    write_behind: int | str = (
+        "256MiB"  # bytes that may wait for the ssd; over it, blocks stay in DRAM
+    )
     lease_seconds: float = 60.0  # how long acquired blocks stay pinned unless released
 
     def __post_init__(self) -> None:
@@ -164,7 +166,5 @@ def load_config(
     known = {field.name for field in fields(StoreConfig)}
     unknown = sorted(set(values) - known)
     if unknown:
-        raise ConfigError(
-            f"{unknown[0]}: no such setting; there are {', '.join(sorted(known))}"
-        )
+        raise ConfigError(f"{unknown[0]}: no such setting; there are {', '.join(sorted(known))}")
     return StoreConfig(**{name: _coerce(name, value) for name, value in values.items()})

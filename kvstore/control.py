@@ -49,7 +49,7 @@ class Reserved:
 
 
 class Control(Protocol):
-    """All methods are thread-safe and bounded in time by their `timeout`, else by the control's own."""
+    """All methods are thread-safe, and bounded in time by their `timeout` where they have one."""
 
     @property
     def namespace(self) -> Namespace: ...
@@ -64,6 +64,10 @@ class Control(Protocol):
 
     def residency(self, hashes: BlockHashes) -> npt.NDArray[np.uint8]:
         """Return for each block: bit 0 ready in cpu, bit 1 on ssd, bit 2 being written."""
+        ...
+
+    def describe(self, hashes: BlockHashes) -> bytes:
+        """Return rows of `kvstore.records.RECORD` of leading known blocks, packed."""
         ...
 
     def wait_for(self, hashes: BlockHashes, want: int, timeout: float) -> int:
@@ -83,7 +87,7 @@ class Control(Protocol):
     def commit(
         self, reservation: int, checksums: Offsets, hashes: BlockHashes, ack: Ack
     ) -> Future[Ack] | None:
-        """Publish reserved blocks. Returns None at level memory, else a future of the level reached.
+        """Publish reserved blocks. None at level memory, else a future of the level reached.
 
         Raises:
             StoreClosedError: the reservation is gone, nothing was published.
@@ -94,7 +98,7 @@ class Control(Protocol):
     def prefetch(self, hashes: BlockHashes) -> Future[TransferResult]: ...
     def remove(self, hashes: BlockHashes) -> int: ...
     def report_corrupt(self, block_hash: bytes) -> None:
-        """A reader found a block's bytes not to match its checksum: count it and remove the block."""
+        """A reader found that a block fails its checksum: count it and remove the block."""
         ...
 
     def clear(self) -> None: ...

@@ -7,7 +7,7 @@ the extra keys of vLLM's chains are serialised, as they are Python objects.
 
 import pickle
 from collections.abc import Sequence
-from typing import Any, Final, SupportsIndex, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -178,7 +178,7 @@ def _native_extra_keys(
 
 
 def _vllm_extra_keys(extra_keys: Sequence[Any], algorithm: str) -> list[bytes | None]:
-    serialise = _pickle_suffix if algorithm == "vllm_sha256" else _cbor
+    serialise = _pickle_suffix if algorithm == "vllm_sha256" else _native.cbor
     # Adapters pass one and the same tuple for every block of a LoRA request. By identity, since
     # equal tuples of different objects can pickle differently.
     seen: dict[int, tuple[VllmExtraKey, bytes]] = {}
@@ -201,44 +201,10 @@ def _pickle_suffix(key: VllmExtraKey) -> bytes:
     The pickler refers to a repeated object (not: value) by a number that counts the objects before
     it, so the real pickler has to see the same objects in the same place.
     """
-    _cbor(key)  # the same types are allowed in both
-    marker = bytes(32)
-    data = pickle.dumps((marker, (0,), key), protocol=5)
+    _native.cbor(key)  # allows the same types in both chains
+    data = pickle.dumps((bytes(32), (0,), key), protocol=5)
     # PROTO, FRAME, SHORT_BINBYTES + MEMOIZE, BININT1 0, TUPLE1, MEMOIZE; ... TUPLE3, MEMOIZE, STOP.
     begin = 2 + 9 + (2 + 32 + 1) + 2 + 1 + 1
     if data[begin - 4 : begin] != b"K\0\x85\x94" or data[-3:] != b"\x87\x94.":
         raise ValueError("extra_keys: a key is too long to be pickled in one frame")
     return data[begin:-3]
-
-
-_CBOR_UNSIGNED, _CBOR_NEGATIVE, _CBOR_BYTES, _CBOR_TEXT, _CBOR_ARRAY = range(5)
-
-
-def _cbor(value: object) -> bytes:
-    """Canonical CBOR (RFC 8949, 4.2.1) of nested tuples of str, int, bytes, bool and None."""
-    if value is None:
-        return b"\xf6"
-    if isinstance(value, bool):
-        return b"\xf5" if value else b"\xf4"
-    if isinstance(value, int):
-        return (
-            _cbor_head(_CBOR_UNSIGNED, value) if value >= 0 else _cbor_head(_CBOR_NEGATIVE, ~value)
-        )
-    if isinstance(value, bytes):
-        return _cbor_head(_CBOR_BYTES, len(value)) + value
-    if isinstance(value, str):
-        text = value.encode()
-        return _cbor_head(_CBOR_TEXT, len(text)) + text
-    if isinstance(value, tuple):
-        return _cbor_head(_CBOR_ARRAY, len(value)) + b"".join(map(_cbor, value))
-    raise TypeError(f"extra_keys: cannot hash a {type(value).__name__}")
-
-
-def _cbor_head(major: int, argument: SupportsIndex) -> bytes:
-    number = argument.__index__()
-    if number < 24:
-        return bytes([major << 5 | number])
-    for code, num_bytes in ((24, 1), (25, 2), (26, 4), (27, 8)):
-        if number < 1 << (8 * num_bytes):
-            return bytes([major << 5 | code]) + number.to_bytes(num_bytes, "big")
-    raise ValueError(f"extra_keys: {number} does not fit in 64 bits")

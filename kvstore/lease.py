@@ -111,9 +111,9 @@ class Lease:
 
     def _still_there(self, chosen: slice) -> npt.NDArray[np.bool_]:
         words = self._control.arena.view(np.uint64)
-        return words[self._granted.header_offsets[chosen] >> np.uint64(3)] == (
-            self._granted.sequences[chosen]
-        )
+        now = words[self._granted.header_offsets[chosen] >> np.uint64(3)]
+        there: npt.NDArray[np.bool_] = now == self._granted.sequences[chosen]
+        return there
 
     def release(self) -> None:
         """Unpin the blocks. Further calls do nothing."""

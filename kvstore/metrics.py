@@ -46,6 +46,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("kvstore_ssd_capacity_bytes", "gauge", "bound of the ssd tier"),
     Metric("kvstore_index_bytes", "gauge", "memory of the index"),
     Metric("kvstore_leases", "gauge", "leases held"),
+    Metric("kvstore_codec_ratio", "gauge", "raw bytes per stored byte, encoded blocks"),
+    Metric("kvstore_codec_error_rms_relative", "gauge", "sampled error of a lossy codec"),
+    Metric("kvstore_codec_error_abs_max", "gauge", "largest sampled error of a lossy codec"),
     Metric("kvstore_write_behind_bytes", "gauge", "bytes waiting for the ssd"),
 )
 _NAMES = frozenset(metric.name for metric in METRICS)
@@ -64,6 +67,16 @@ class Counters:
         assert key in _NAMES, key
         with self._lock:
             self._values[key] += value
+
+    def add_load(self, queried: int, hit_cpu: int, hit_ssd: int, num_bytes: int) -> None:
+        """Count one load or acquire, in blocks; under one lock, as the smallest loads take 10 us."""
+        with self._lock:
+            values = self._values
+            values["kvstore_queried_blocks_total"] += queried
+            values["kvstore_hit_cpu_blocks_total"] += hit_cpu
+            values["kvstore_hit_ssd_blocks_total"] += hit_ssd
+            values["kvstore_missed_blocks_total"] += queried - hit_cpu - hit_ssd
+            values["kvstore_loaded_bytes_total"] += num_bytes
 
     def snapshot(self) -> dict[str, int]:
         with self._lock:

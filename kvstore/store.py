@@ -6,6 +6,7 @@ buffers and the arena; what goes where is decided by its `Control`.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,11 +19,13 @@ import numpy.typing as npt
 from kvstore import _native
 from kvstore.block import BlockHashes, Namespace
 from kvstore.buffers import as_block_ids
+from kvstore.codec import CodecId
 from kvstore.control import ACK_LEVELS, RESERVED, Ack, Control
 from kvstore.errors import ConfigError, StoreClosedError
 from kvstore.events import Event
 from kvstore.layout import BlockBuffers
 from kvstore.lease import Lease
+from kvstore.records import records_from
 from kvstore.transfer import Transfer, TransferResult
 
 Hashes = BlockHashes | Sequence[bytes] | npt.NDArray[np.uint8]
@@ -37,6 +40,19 @@ class Hit:
     num_ssd: int
 
 
+@dataclass(frozen=True, slots=True)
+class BlockInfo:
+    """What is known of one block. `codec` and `stored_bytes` are of its copy on ssd."""
+
+    block_hash: bytes
+    depth: int  # 1-based place in its chain; 0: unknown
+    in_cpu: bool
+    on_ssd: bool
+    codec: str  # "" when not on ssd
+    stored_bytes: int  # 0 when not on ssd
+    checksum: int  # XXH3-64 of the payload
+
+
 class Reservation:
     """Slots to be written in place, layer by layer if need be, then committed or aborted.
 
@@ -45,14 +61,16 @@ class Reservation:
     aborts. A writer that dies leaves nothing visible.
     """
 
-    __slots__ = ("_addresses", "_hashes", "_id", "_store", "counts", "wanted")
+    __slots__ = ("_addresses", "_ended", "_hashes", "_id", "_store", "_written", "counts", "wanted")
 
     def __init__(self, store: Store, hashes: BlockHashes) -> None:
         control = store.control
         reserved = control.reserve(hashes)
         self._store = store
         self._hashes = hashes
-        self._id = reserved.reservation
+        self._id = reserved.reservation  # 0: nothing to write
+        self._ended = False
+        self._written: list[tuple[int, int]] = []  # payload bytes [begin, end) of every block
         self.wanted: npt.NDArray[np.bool_] = reserved.statuses == RESERVED
         self.counts = np.bincount(reserved.statuses, minlength=5)
         self._addresses = reserved.offsets[self.wanted] + np.uint64(control.arena.ctypes.data)
@@ -67,35 +85,68 @@ class Reservation:
             block_ids: the engine block of each *wanted* block, shape (wanted.sum(),).
             layers: copy only layers [a, b); all layers must be written before `commit`.
         """
-        if self._id == 0:
-            if len(self._addresses) == 0:
-                return
-            raise StoreClosedError("the reservation was committed or aborted")
+        self._check_open()
         ids = as_block_ids(block_ids)
         if len(ids) != len(self._addresses):
             raise ConfigError(f"block_ids: {len(ids)} given, {len(self._addresses)} are wanted")
         threads = self._store.threads
         if layers is None:
+            begin, end = 0, buffers.block_bytes
+            self._check_size(buffers)
             _native.gather(buffers.plan, ids, self._addresses, None, threads)
         else:
             begin, end = buffers.layer_range(layers[0], layers[1] - layers[0])
+            self._check_size(buffers)
             _native.gather_range(buffers.plan, ids, self._addresses, begin, end, threads)
+        self._written.append((begin, end))
 
     def commit(self, ack: Ack = "memory") -> Transfer:
-        """Publish the written blocks: checksums are computed, then readers may find them."""
-        if self._id == 0:
-            return Transfer(self._store.result_of(self.counts, "memory"))
+        """Publish the written blocks: checksums are computed, then readers may find them.
+
+        Raises:
+            ConfigError: some layers were not written: their bytes would be another block's.
+            StoreClosedError: the reservation was committed or aborted, or the store closed.
+        """
+        check_ack(ack)
+        self._check_open()
         size = self._store.namespace.spec.block_bytes
+        if self._id:
+            self._check_whole(size)
         sums = np.empty(len(self._addresses), np.uint64)
         _native.checksum_blocks(self._addresses, size, sums, self._store.threads)
-        reservation, self._id = self._id, 0
-        return self._store.finish_put(reservation, sums, self._hashes, self.counts, ack)
+        self._ended = True
+        return self._store.finish_put(self._id, sums, self._hashes, self.counts, ack)
 
     def abort(self) -> None:
-        """Give the slots back; nothing becomes visible."""
+        """Give the slots back; nothing becomes visible. Does nothing after `commit` or `close`."""
+        if self._ended or self._store.closed:
+            return
+        self._ended = True
         if self._id:
-            reservation, self._id = self._id, 0
-            self._store.control.abort(reservation)
+            self._store.control.abort(self._id)
+
+    def _check_open(self) -> None:
+        if self._ended:
+            raise StoreClosedError("the reservation was committed or aborted")
+        _ = self._store.control  # raises when the store was closed and the slots are others' now
+
+    def _check_size(self, buffers: BlockBuffers) -> None:
+        size = self._store.namespace.spec.block_bytes
+        if buffers.block_bytes != size:
+            raise ConfigError(
+                f"buffers: blocks of {buffers.block_bytes} bytes, the namespace's have {size}"
+            )
+
+    def _check_whole(self, size: int) -> None:
+        done = 0
+        for begin, end in sorted(self._written):
+            if begin > done:
+                break
+            done = max(done, end)
+        else:
+            begin = size
+        if done < size:
+            raise ConfigError(f"layers: bytes {done} to {begin} of the blocks were not written")
 
     def __enter__(self) -> Reservation:
         return self
@@ -107,6 +158,11 @@ class Reservation:
         traceback: TracebackType | None,
     ) -> None:
         self.abort()
+
+
+def check_ack(ack: str) -> None:
+    if ack not in ACK_LEVELS:
+        raise ConfigError(f"ack: {ack!r} is not one of {', '.join(ACK_LEVELS)}")
 
 
 class Store:
@@ -134,7 +190,9 @@ class Store:
         self._lease_seconds = lease_seconds
         self._timeout = timeout
         self._pool: ThreadPoolExecutor | None = None
+        self._lock = threading.Lock()  # guards _pool and _closing
         self._pins: dict[bytes, list[int]] = {}  # first block -> leases
+        self._closing = False
         self._closed = False
         # The embedded control puts and loads in one native call; see csrc/copy/block_io.h.
         self._fast_put = getattr(control, "put", None)
@@ -154,6 +212,10 @@ class Store:
         if self._closed:
             raise StoreClosedError("the store is closed")
         return self._control
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
 
     # --- looking
 
@@ -175,8 +237,15 @@ class Store:
         """
         return self.control.match(BlockHashes.of(hashes))
 
+    def describe(self, hashes: Hashes) -> list[BlockInfo]:
+        """Return what is known of leading blocks; ends at the first that is unknown."""
+        chain = BlockHashes.of(hashes)
+        rows = records_from(self.control.describe(chain))
+        tiers = self.control.residency(chain[: len(rows)])
+        return [_info(row, int(bits)) for row, bits in zip(rows, tiers, strict=False)]
+
     def wait_for(self, hashes: Hashes, num_blocks: int | None = None, timeout: float = 10.0) -> int:
-        """Wait until `num_blocks` (default: all) leading blocks are available; return how many are."""
+        """Wait until `num_blocks` (default: all) leading blocks are there; return how many are."""
         chain = BlockHashes.of(hashes)
         want = len(chain) if num_blocks is None else num_blocks
         return self.control.wait_for(chain, want, timeout)
@@ -221,8 +290,8 @@ class Store:
             timeout: seconds to wait for lower tiers.
 
         Returns:
-            A transfer whose `num_blocks` leading blocks hold exactly the bytes that were put. Engine
-            blocks after those may hold anything.
+            A transfer whose `num_blocks` leading blocks hold exactly the bytes that were put.
+            Engine blocks after those may hold anything.
         """
         chain = BlockHashes.of(hashes)
         ids = self._ids(chain, block_ids)
@@ -238,10 +307,10 @@ class Store:
         ids: npt.NDArray[np.int64],
         timeout: float | None,
     ) -> TransferResult:
-        control = self.control
+        _ = self.control
         if self._fast_load is not None:
-            loaded = self._fast_load(chain, buffers.plan, ids, self._verify, self.threads)
-            if loaded == len(chain) or control.match(chain) <= loaded:
+            loaded, is_all = self._fast_load(chain, buffers.plan, ids, self._verify, self.threads)
+            if is_all:
                 return TransferResult(loaded, num_missed=len(chain) - loaded)
         with self.acquire(chain, timeout=timeout) as lease:
             loaded = lease.load(buffers, ids[: len(lease)]) if len(lease) else 0
@@ -273,8 +342,7 @@ class Store:
                 "durable" (survives power loss).
             background: return at once; the engine must not change the blocks until it is done.
         """
-        if ack not in ACK_LEVELS:
-            raise ConfigError(f"ack: {ack!r} is not one of {', '.join(ACK_LEVELS)}")
+        check_ack(ack)
         chain = BlockHashes.of(hashes)
         ids = self._ids(chain, block_ids)
         if background:
@@ -330,9 +398,7 @@ class Store:
     def result_of(self, counts: npt.NDArray[np.int64], ack: str) -> TransferResult:
         """Return a put's result from its counts by reserve status."""
         stored, present, pending, no_space, orphan = (int(count) for count in counts)
-        return TransferResult(
-            stored + present, stored, present, pending, no_space, orphan, ack=ack
-        )
+        return TransferResult(stored + present, stored, present, pending, no_space, orphan, ack=ack)
 
     # --- keeping and removing
 
@@ -349,9 +415,10 @@ class Store:
 
     def unpin(self, hashes: Hashes) -> None:
         """End all pins that start at the same first block."""
+        control = self.control
         chain = BlockHashes.of(hashes)
         for lease in self._pins.pop(chain[0], []) if len(chain) else []:
-            self.control.release(lease)
+            control.release(lease)
 
     def remove(self, hashes: Hashes) -> int:
         """Remove blocks, and with each all that continue it, from every tier; return how many of
@@ -365,7 +432,7 @@ class Store:
     # --- watching and ending
 
     def events(self) -> Iterator[Event]:
-        """Yield what happened since the last call; see `kvstore.events`. The first call starts it."""
+        """Yield what happened since the last call (the first call starts it); see `events.py`."""
         return self.control.events()
 
     def stats(self) -> dict[str, Any]:
@@ -377,11 +444,14 @@ class Store:
         return self.control.flush(timeout)
 
     def close(self) -> None:
-        """Wait for running transfers, end leases and pins, release the store. Safe to call twice."""
-        if self._closed:
+        """Wait for running transfers, end leases and pins, release all. Safe to call twice."""
+        with self._lock:
+            pool, self._pool = self._pool, None
+            closing, self._closing = not self._closing, True
+        if not closing:
             return
-        if self._pool is not None:
-            self._pool.shutdown(wait=True)
+        if pool is not None:
+            pool.shutdown(wait=True)
         self._closed = True
         self._control.close()
 
@@ -397,9 +467,12 @@ class Store:
         self.close()
 
     def _submit(self, work: Any) -> Transfer:
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(2, thread_name_prefix="kvstore-transfer")
-        return Transfer(future=self._pool.submit(work))
+        with self._lock:
+            if self._closing:
+                raise StoreClosedError("the store is closed")
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(2, thread_name_prefix="kvstore-transfer")
+            return Transfer(future=self._pool.submit(work))
 
     def _ids(self, chain: BlockHashes, block_ids: object) -> npt.NDArray[np.int64]:
         if block_ids is None:
@@ -408,3 +481,16 @@ class Store:
         if len(ids) != len(chain):
             raise ConfigError(f"block_ids: {len(ids)} given for {len(chain)} hashes")
         return ids
+
+
+def _info(row: np.void, tiers: int) -> BlockInfo:
+    on_ssd = bool(tiers & 2)
+    return BlockInfo(
+        row["hash"].tobytes(),
+        int(row["depth"]),
+        bool(tiers & 1),
+        on_ssd,
+        CodecId(row["codec"]).name.lower() if on_ssd else "",
+        int(row["stored_bytes"]) if on_ssd else 0,
+        int(row["checksum"]),
+    )

@@ -58,6 +58,10 @@ class Residency(Message, tag="residency"):
     chain: Chain
 
 
+class Describe(Message, tag="describe"):
+    chain: Chain
+
+
 class WaitFor(Message, tag="wait_for"):
     chain: Chain
     want: int
@@ -155,8 +159,8 @@ class Failure(Message, tag="failure"):
 
 
 Request = (
-    Hello | Match | Residency | WaitFor | Acquire | Release | Reserve | Commit | Abort | Prefetch
-    | Remove | Corrupt | Clear | Flush | Events | Stats
+    Hello | Match | Residency | Describe | WaitFor | Acquire | Release | Reserve | Commit | Abort
+    | Prefetch | Remove | Corrupt | Clear | Flush | Events | Stats
 )  # fmt: skip
 Reply = Welcome | Value | Packed | Grants | Slots | Failure
 
@@ -183,7 +187,10 @@ def receive_request(connection: socket.socket) -> Request | None:
         IncompatibleError: what arrived is not a request of this protocol.
     """
     body = _receive_body(connection)
-    return None if body is None else _decode(_requests, body)
+    if body is None:
+        return None
+    request: Request = _decode(_requests, body)
+    return request
 
 
 def receive_reply(connection: socket.socket) -> Reply:
@@ -196,7 +203,8 @@ def receive_reply(connection: socket.socket) -> Reply:
     body = _receive_body(connection)
     if body is None:
         raise PeerUnavailableError("the daemon closed the connection")
-    return _decode(_replies, body)
+    reply: Reply = _decode(_replies, body)
+    return reply
 
 
 def receive_welcome(connection: socket.socket) -> tuple[Reply, int | None]:

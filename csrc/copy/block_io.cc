@@ -69,8 +69,7 @@ LoadResult LoadBlocks(StoreCore &core, OwnerId owner, NamespaceId ns, const Bloc
             break;
         }
     }
-    const bool in_time = core.Release(lease);
-    if (!in_time) result.num_loaded = 0;  // the owner was released: slots may have been reused
+    if (!core.Release(lease)) return {};  // the owner was released: slots may have been reused
     if (result.corrupt) core.Remove(ns, &hashes[result.num_loaded], 1);
     return result;
 }

@@ -23,8 +23,8 @@ PutResult PutBlocks(StoreCore &core, OwnerId owner, NamespaceId ns, const Chain 
                     const CopyPlan &plan, const std::int64_t *ids, int threads);
 
 struct LoadResult {
-    std::size_t num_loaded = 0;   // leading blocks whose exact bytes are in the engine's tensors
-    bool corrupt = false;         // block `num_loaded` failed its checksum and was removed
+    std::size_t num_loaded = 0;  // leading blocks whose exact bytes are in the engine's tensors
+    bool corrupt = false;        // block `num_loaded` failed its checksum and was removed
 };
 
 // Loads engine block ids[i] <- hashes[i] for the leading blocks that are ready in the cpu tier.

@@ -32,13 +32,13 @@ struct PlanExtent {
 };
 
 struct CopyPlan {
-    std::vector<Run> runs;          // in ascending block_offset; together they cover the block
-    std::uint64_t block_bytes = 0;  // payload of one canonical block
-    std::int64_t num_blocks = 0;    // engine block ids are in [0, num_blocks)
-    bool in_order = false;          // runs are ascending and gapless, pieces too: payload order
-    bool whole_stripes = false;     // all pieces but the payload's last are multiples of 64 bytes
-    bool writable = true;           // scatters into these tensors are allowed
-    std::vector<PlanExtent> extents;    // sorted and disjoint: the engine memory of all blocks
+    std::vector<Run> runs;            // in ascending block_offset; together they cover the block
+    std::uint64_t block_bytes = 0;    // payload of one canonical block
+    std::int64_t num_blocks = 0;      // engine block ids are in [0, num_blocks)
+    bool in_order = false;            // runs are ascending and gapless, pieces too: payload order
+    bool whole_stripes = false;       // all pieces but the payload's last are multiples of 64 bytes
+    bool writable = true;             // scatters into these tensors are allowed
+    std::vector<PlanExtent> extents;  // sorted and disjoint: the engine memory of all blocks
 };
 
 // Checks `runs`, in any order, and makes the plan that is in payload order: every piece is looked

@@ -3,9 +3,9 @@
 //   | arena header, 4 KiB | chunk 0 | chunk 1 | ... |
 //   chunk of a size class: | slot headers, 128 B each, up to a 4 KiB edge | slot 0 | slot 1 | ... |
 //
-// A chunk belongs to one size class (one slot size) until all its slots are free, so blocks of equal
-// size never fragment the arena, and several block sizes live in one. A slot's payload starts on a
-// 4 KiB edge and is padded to 4 KiB, so O_DIRECT reads land in it.
+// A chunk belongs to one size class (one slot size) until all its slots are free, so blocks of
+// equal size never fragment the arena, and several block sizes live in one. A slot's payload starts
+// on a 4 KiB edge and is padded to 4 KiB, so O_DIRECT reads land in it.
 //
 // Slot headers lie in the arena, not in our heap: whoever maps the arena can tell whether a slot
 // still holds the block it was granted (`sequence`), and a later process can adopt the content.
@@ -55,8 +55,8 @@ public:
     Arena(const Arena &) = delete;
     Arena &operator=(const Arena &) = delete;
 
-    // The class of slots that hold `payload_bytes`; made when new. Returns false when a slot of that
-    // size does not fit in a chunk.
+    // The class of slots that hold `payload_bytes`; made when new. Returns false when a slot of
+    // that size does not fit in a chunk.
     bool FindOrAddClass(std::size_t payload_bytes, SizeClass *size_class);
 
     // A free slot, or kNoSlot when the class's chunks are full and no chunk is unassigned.
@@ -88,8 +88,8 @@ public:
 
 private:
     struct Class {
-        std::size_t slot_bytes = 0;   // payload rounded up to 4 KiB
-        std::size_t header_bytes = 0; // of a chunk
+        std::size_t slot_bytes = 0;    // payload rounded up to 4 KiB
+        std::size_t header_bytes = 0;  // of a chunk
         SlotId slots_per_chunk = 0;
         std::uint32_t num_chunks = 0;
         std::vector<SlotId> free;
@@ -100,7 +100,9 @@ private:
     };
 
     Arena(int fd, std::uint8_t *base, std::size_t bytes, std::size_t chunk_bytes);
-    std::size_t chunk_offset(std::uint32_t chunk) const { return kPageBytes + chunk * chunk_bytes_; }
+    std::size_t chunk_offset(std::uint32_t chunk) const {
+        return kPageBytes + chunk * chunk_bytes_;
+    }
     void ReturnChunk(SizeClass size_class, std::uint32_t chunk);
 
     const int fd_;

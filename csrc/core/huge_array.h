@@ -1,5 +1,5 @@
-// A zero-filled array that asks the kernel for huge pages: an index of millions of blocks is read at
-// random places, and with 4 KiB pages every read would also miss the TLB.
+// A zero-filled array that asks the kernel for huge pages: an index of millions of blocks is read
+// at random places, and with 4 KiB pages every read would also miss the TLB.
 #pragma once
 
 #include <sys/mman.h>

@@ -49,8 +49,7 @@ void BlockIndex::FindMany(NamespaceId ns, const BlockHash *hashes, std::size_t n
         for (std::size_t i = 0; i < count; ++i) {
             const Table &table = tables_[places[i].table];
             if (table.used == 0) continue;
-            const Bucket &bucket =
-                table.buckets[places[i].tag & (table.buckets.size() - 1)];
+            const Bucket &bucket = table.buckets[places[i].tag & (table.buckets.size() - 1)];
             if (bucket.entry_plus_one != 0) {
                 __builtin_prefetch(&(*this)[bucket.entry_plus_one - 1]);
             }

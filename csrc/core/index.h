@@ -6,8 +6,8 @@
 //   - a tree: an entry's parent is the block before it in its chain. A *linked* entry knows its
 //     place in the chain (depth >= 1); an unlinked one (depth 0) came without lineage.
 //
-// An entry is *available* when its bytes can be had: ready in the cpu tier or on ssd. It is *rooted*
-// when it is linked, available, and its parent is rooted (or it is first in its chain).
+// An entry is *available* when its bytes can be had: ready in the cpu tier or on ssd. It is
+// *rooted* when it is linked, available, and its parent is rooted (or it is first in its chain).
 //
 // Invariants:
 //   - a rooted entry at depth d proves that all d - 1 blocks before it are available: its hash
@@ -99,8 +99,8 @@ public:
     Entry &operator[](EntryId id) { return chunks_[id >> kChunkBits][id & kChunkMask]; }
     const Entry &operator[](EntryId id) const { return chunks_[id >> kChunkBits][id & kChunkMask]; }
 
-    std::size_t size() const { return size_; }       // entries in the map
-    std::size_t memory_bytes() const;                // reserved by entries and tables
+    std::size_t size() const { return size_; }  // entries in the map
+    std::size_t memory_bytes() const;           // reserved by entries and tables
 
     // All entries in the map, in no order.
     std::vector<EntryId> Ids() const;

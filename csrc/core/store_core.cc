@@ -14,8 +14,6 @@ namespace {
 using ReadLock = std::shared_lock<std::shared_mutex>;
 using WriteLock = std::unique_lock<std::shared_mutex>;
 
-
-
 }  // namespace
 
 std::int64_t SteadyNowNs() {
@@ -123,7 +121,8 @@ Grant StoreCore::GrantOf(const Entry &entry) const {
     Grant grant;
     grant.payload_offset = arena_->payload_offset(size_class, entry.slot);
     grant.header_offset = arena_->header_offset(size_class, entry.slot);
-    grant.sequence = arena_->header(size_class, entry.slot).sequence.load(std::memory_order_relaxed);
+    grant.sequence =
+        arena_->header(size_class, entry.slot).sequence.load(std::memory_order_relaxed);
     grant.checksum = entry.checksum;
     return grant;
 }
@@ -161,8 +160,8 @@ bool StoreCore::StealChunk(SizeClass size_class) {
     return false;
 }
 
-// Evicts every block of a chunk, with what continues them. False, and nothing done, when one of them
-// is leased or being written.
+// Evicts every block of a chunk, with what continues them. False, and nothing done, when one of
+// them is leased or being written.
 bool StoreCore::EmptyChunk(SizeClass donor, std::uint32_t chunk) {
     const SlotId per_chunk = arena_->slots_per_chunk(donor);
     std::vector<EntryId> leaving;
@@ -255,6 +254,7 @@ void StoreCore::MaybeDue(EntryId id) {
 std::uint64_t StoreCore::Reserve(OwnerId owner, NamespaceId ns, const Chain &chain,
                                  bool only_from_ssd, ReserveStatus *statuses, Grant *grants) {
     WriteLock lock(mutex_);
+    EndOverdueLeases();  // or a store full of dead holders' blocks would refuse puts for ever
     EntryId parent = kNoEntry;
     ReserveStatus stopped = ReserveStatus::kReserved;
     if (chain.start > 0) {
@@ -286,6 +286,7 @@ std::uint64_t StoreCore::Reserve(OwnerId owner, NamespaceId ns, const Chain &cha
         }
         if (stopped != ReserveStatus::kReserved) {
             statuses[i] = stopped;
+            if (only_from_ssd) continue;  // a promotion, not a put
             ++(stopped == ReserveStatus::kNoSpace ? stats_.refused_no_space
                                                   : stats_.refused_orphan);
         }
@@ -428,11 +429,7 @@ std::size_t StoreCore::Acquire(OwnerId owner, NamespaceId ns, const BlockHash *h
     *lease = 0;
     std::vector<EntryId> found(n);
     WriteLock lock(mutex_);
-    if (SteadyNowNs() >= next_expiry_ns_) {
-        lock.unlock();
-        ExpireLeases();
-        lock.lock();
-    }
+    EndOverdueLeases();
     index_.FindMany(ns, hashes, n, found.data());
     std::size_t held = 0;
     while (held < n && found[held] != kNoEntry && index_[found[held]].cpu == CpuState::kReady) {
@@ -466,7 +463,13 @@ bool StoreCore::Release(LeaseId lease) {
 
 std::size_t StoreCore::ExpireLeases() {
     WriteLock lock(mutex_);
+    return EndOverdueLeases();
+}
+
+std::size_t StoreCore::EndOverdueLeases() {
+    if (next_expiry_ns_ == kNever) return 0;
     const std::int64_t now = SteadyNowNs();
+    if (now < next_expiry_ns_) return 0;
     std::size_t ended = 0;
     next_expiry_ns_ = kNever;
     for (auto it = leases_.begin(); it != leases_.end();) {
@@ -566,9 +569,9 @@ void StoreCore::SetSsd(NamespaceId ns, const BlockHash *hashes, const SsdPlace *
     WriteLock lock(mutex_);
     for (std::size_t i = 0; i < n; ++i) {
         const EntryId id = index_.Find(ns, hashes[i]);
-        const bool wanted =
-            id != kNoEntry && index_[id].available() &&
-            (index_[id].depth <= 1 || index_[index_[id].parent].on_ssd());
+        const bool wanted = id != kNoEntry && index_[id].available() &&
+                            index_[id].checksum == places[i].checksum &&
+                            (index_[id].depth <= 1 || index_[index_[id].parent].on_ssd());
         if (!wanted) {
             SsdRecord record;
             record.namespace_id = ns;
@@ -644,7 +647,8 @@ void StoreCore::DropSsd(NamespaceId ns, const BlockHash &hash, std::uint32_t seg
 }
 
 // Drops the ssd copies of a block and of all that continue it. What is then not ready in the cpu
-// tier cannot be had any more, and goes too; a read into its slot that is under way ends in nothing.
+// tier cannot be had any more, and goes too; a read into its slot that is under way ends in
+// nothing.
 void StoreCore::DropSsdCopies(EntryId root) {
     std::vector<EntryId> subtree;
     CollectSubtree(root, &subtree);
@@ -681,8 +685,7 @@ void StoreCore::Survivors(const SsdRecord *records, std::size_t n, bool *keep) {
         const EntryId id = index_.Find(record.namespace_id, record.hash);
         keep[i] = id != kNoEntry && index_[id].ssd_segment == record.place.segment &&
                   index_[id].ssd_page == record.place.page &&
-                  (index_[id].used || index_[id].leases > 0 ||
-                   index_[id].first_child != kNoEntry);
+                  (index_[id].used || index_[id].leases > 0 || index_[id].first_child != kNoEntry);
     }
 }
 
@@ -711,16 +714,28 @@ std::size_t StoreCore::Restore(const SsdRecord *records, std::size_t n) {
             index_.LinkChild(parent, ids[i]);
         }
     }
+    std::vector<std::size_t> roots;
+    for (std::size_t i = 0; i < n; ++i) {
+        if (ids[i] != kNoEntry && index_[ids[i]].parent == kNoEntry) roots.push_back(i);
+    }
     std::size_t restored = 0;
     std::vector<EntryId> unreachable;
-    for (std::size_t i = 0; i < n; ++i) {
-        if (ids[i] == kNoEntry || index_[ids[i]].parent != kNoEntry) continue;
-        if (index_[ids[i]].depth > 1) {
-            unreachable.push_back(ids[i]);
-            continue;
-        }
+    for (const std::size_t i : roots) {
         std::vector<EntryId> subtree;
         CollectSubtree(ids[i], &subtree);
+        if (index_[ids[i]].depth > 1) {
+            const EntryId before = index_.Find(records[i].namespace_id, records[i].parent);
+            if (before == kNoEntry || index_[before].depth != 0) {
+                unreachable.push_back(ids[i]);
+                continue;
+            }
+            // The block before was written without lineage and adopted one later, which its record
+            // does not say. So these are without lineage too, until a put tells it again.
+            for (const EntryId id : subtree) {
+                index_.UnlinkFromParent(id);
+                index_[id].depth = 0;
+            }
+        }
         restored += subtree.size();
         for (const EntryId id : subtree) {
             index_[id].rooted = index_[id].depth > 0;

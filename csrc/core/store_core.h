@@ -14,7 +14,8 @@
 //   - eviction takes a block only when it is ready, unleased, and no block that continues it holds
 //     a slot: leaves first.
 //   - the ssd copies are closed under ancestors: a linked block is on ssd only while its parent is.
-//   - when a block goes (removed, corrupt), everything that continues it goes with it. Leased blocks
+//   - when a block goes (removed, corrupt), everything that continues it goes with it. Leased
+//   blocks
 //     among them are *detached*: no longer findable, readable by their lease holders, freed after.
 //
 // Thread safety: all public methods may be called from any thread. One reader-writer lock guards
@@ -91,20 +92,20 @@ struct Event {
     TierKind tier = TierKind::kCpu;
     NamespaceId namespace_id = 0;
     BlockHash hash{};
-    BlockHash parent{};      // zeros for the first of a chain and for unlinked blocks
+    BlockHash parent{};  // zeros for the first of a chain and for unlinked blocks
     std::uint32_t depth = 0;
 };
 
 struct CoreStats {
-    std::uint64_t blocks = 0;          // findable, any tier
-    std::uint64_t cpu_blocks = 0;      // ready in the cpu tier
+    std::uint64_t blocks = 0;      // findable, any tier
+    std::uint64_t cpu_blocks = 0;  // ready in the cpu tier
     std::uint64_t ssd_blocks = 0;
     std::uint64_t cpu_used_bytes = 0;  // slots in use
     std::uint64_t cpu_capacity_bytes = 0;
     std::uint64_t index_bytes = 0;
     std::uint64_t leases = 0;
     std::uint64_t reservations = 0;
-    std::uint64_t committed = 0;       // totals since the start
+    std::uint64_t committed = 0;  // totals since the start
     std::uint64_t evicted = 0;
     std::uint64_t refused_no_space = 0;
     std::uint64_t refused_orphan = 0;
@@ -121,7 +122,8 @@ public:
     StoreCore(const StoreCore &) = delete;
     StoreCore &operator=(const StoreCore &) = delete;
 
-    // A number for blocks of `block_bytes`. Returns false when such a block does not fit in a chunk.
+    // A number for blocks of `block_bytes`. Returns false when such a block does not fit in a
+    // chunk.
     bool AddNamespace(std::size_t block_bytes, NamespaceId *ns);
     std::size_t num_namespaces() const;
     std::size_t block_bytes(NamespaceId ns) const;
@@ -160,8 +162,8 @@ public:
 
     // --- reading
     // Pins the leading blocks that are ready in the cpu tier. Returns how many; the lease is 0 when
-    // none. `expires_ns` on the steady clock, or kNever. With `use` it counts as a use of the blocks;
-    // the store's own reads (write-behind, promotion) are none.
+    // none. `expires_ns` on the steady clock, or kNever. With `use` it counts as a use of the
+    // blocks; the store's own reads (write-behind, promotion) are none.
     std::size_t Acquire(OwnerId owner, NamespaceId ns, const BlockHash *hashes, std::size_t n,
                         std::int64_t expires_ns, bool use, LeaseId *lease, Grant *grants);
     // False when the lease is unknown: it had expired, and what was read may be another block's.
@@ -174,11 +176,11 @@ public:
     void Clear(NamespaceId ns);
 
     // --- the ssd tier's side
-    // Block hashes[i] now lies at places[i] as well. Where the block is gone, or its parent is not on
-    // ssd, the place becomes garbage.
+    // Block hashes[i] now lies at places[i] as well. Where the block is gone or has other bytes by
+    // now, or its parent is not on ssd, the place becomes garbage.
     void SetSsd(NamespaceId ns, const BlockHash *hashes, const SsdPlace *places, std::size_t n);
-    // What is known of leading blocks; ends at the first unknown one. A block that is not on ssd has
-    // place.segment == kNotOnSsd.
+    // What is known of leading blocks; ends at the first unknown one. A block that is not on ssd
+    // has place.segment == kNotOnSsd.
     std::vector<SsdRecord> Describe(NamespaceId ns, const BlockHash *hashes, std::size_t n) const;
     // The block and its ancestors that are ready in the cpu tier but not on ssd, first of the chain
     // first: what must be written before anything that continues the block may be.
@@ -187,7 +189,8 @@ public:
     void DropSsd(NamespaceId ns, const BlockHash &hash, std::uint32_t segment, std::uint32_t page);
     // The tier moved the copies of records[i] to places[i].
     void MoveSsd(const SsdRecord *records, const SsdPlace *places, std::size_t n);
-    // keep[i]: record i is current, and other blocks continue it or it was read since it was written.
+    // keep[i]: record i is current, and other blocks continue it or it was read since it was
+    // written.
     void Survivors(const SsdRecord *records, std::size_t n, bool *keep);
     // Puts recovered records into an empty index; those that no match could reach become garbage.
     std::size_t Restore(const SsdRecord *records, std::size_t n);
@@ -220,7 +223,9 @@ private:
         std::vector<EntryId> blocks;
     };
 
-    SizeClass ClassOf(const Entry &entry) const { return namespaces_[entry.namespace_id].size_class; }
+    SizeClass ClassOf(const Entry &entry) const {
+        return namespaces_[entry.namespace_id].size_class;
+    }
     SlotHeader &HeaderOf(const Entry &entry) { return arena_->header(ClassOf(entry), entry.slot); }
     EvictionPolicy &PolicyOf(const Entry &entry) { return *classes_[ClassOf(entry)].policy; }
     Grant GrantOf(const Entry &entry) const;
@@ -249,6 +254,7 @@ private:
     void MaybeDue(EntryId id);
     void FreeDetached(EntryId id);
     void EndLease(const Lease &lease);
+    std::size_t EndOverdueLeases();
     void Emit(EventKind kind, TierKind tier, const Entry &entry);
     SsdRecord RecordOf(const Entry &entry) const;
 
@@ -266,7 +272,7 @@ private:
     std::int64_t next_expiry_ns_ = kNever;
     std::uint64_t next_id_ = 1;        // of owners, leases and reservations
     std::uint64_t next_sequence_ = 2;  // of slots: never repeats, so a stale grant never matches
-    std::vector<EntryId> fresh_;  // became ready in this Commit, not yet known to the policy
+    std::vector<EntryId> fresh_;       // became ready in this Commit, not yet known to the policy
     std::vector<SsdRecord> garbage_;
     std::deque<Event> events_;
     std::size_t events_capacity_ = 0;

@@ -106,6 +106,9 @@ public:
         std::lock_guard<std::mutex> lock(mutex_);
         std::vector<std::size_t> moved(n, 0);  // bytes transferred so far
         std::vector<std::size_t> again;        // to be continued or redone
+        // Nothing below may throw while the kernel holds pointers into the caller's memory.
+        again.reserve(2 * depth_);
+        batch_.reserve(depth_);
         std::size_t next = 0;
         unsigned in_flight = 0;
         while (next < n || in_flight > 0 || !again.empty()) {

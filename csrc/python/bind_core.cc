@@ -23,7 +23,7 @@ namespace {
 template <typename T>
 using Array = py::array_t<T, py::array::c_style>;
 
-// A row of kvstore.tiers.records.RECORD, the numpy dtype with the same packed fields.
+// A row of kvstore.records.RECORD, the numpy dtype with the same packed fields.
 #pragma pack(push, 1)
 struct PackedRecord {
     std::uint32_t namespace_id;
@@ -88,13 +88,17 @@ Chain AsChain(const Hashes &hashes, std::int64_t start, const std::optional<py::
     return {hashes.data, hashes.n, start, before};
 }
 
-void CheckIds(const CopyPlan &plan, const StoreCore &core, NamespaceId ns,
+void CheckIds(const CopyPlan &plan, StoreCore &core, NamespaceId ns,
               const Array<std::int64_t> &ids, std::size_t n) {
     CheckLength(ids, n, "block_ids");
     if (plan.block_bytes != core.block_bytes(ns)) {
-        throw std::invalid_argument("the buffers' blocks have " +
-                                    std::to_string(plan.block_bytes) + " bytes, the namespace's " +
+        throw std::invalid_argument("the buffers' blocks have " + std::to_string(plan.block_bytes) +
+                                    " bytes, the namespace's " +
                                     std::to_string(core.block_bytes(ns)));
+    }
+    const Arena &arena = core.arena();
+    if (TouchesEngine(plan, reinterpret_cast<std::uintptr_t>(arena.base()), arena.bytes())) {
+        throw std::invalid_argument("the buffers overlap the store's arena");
     }
     const std::int64_t *data = ids.data();
     for (std::size_t i = 0; i < n; ++i) {
@@ -138,7 +142,10 @@ std::vector<SsdRecord> AsRecords(const py::array &array, const StoreCore &core) 
     std::vector<SsdRecord> records(static_cast<std::size_t>(array.shape(0)));
     for (std::size_t i = 0; i < records.size(); ++i) {
         CheckNamespace(core, packed[i].namespace_id);
-        records[i] = {packed[i].namespace_id, packed[i].hash, packed[i].parent, packed[i].depth,
+        records[i] = {packed[i].namespace_id,
+                      packed[i].hash,
+                      packed[i].parent,
+                      packed[i].depth,
                       {packed[i].segment, packed[i].page, packed[i].stored_bytes, packed[i].codec,
                        packed[i].checksum, packed[i].stored_checksum}};
     }
@@ -166,7 +173,8 @@ std::vector<SsdPlace> AsPlaces(const std::vector<SsdRecord> &records) {
 std::unique_ptr<StoreCore> MakeCore(std::size_t arena_bytes, std::size_t chunk_bytes,
                                     bool huge_pages, const std::string &policy) {
     if (chunk_bytes == 0 || chunk_bytes % kPageBytes != 0 || chunk_bytes > arena_bytes) {
-        throw std::invalid_argument("chunk_bytes must be a multiple of 4096 and at most arena_bytes");
+        throw std::invalid_argument(
+            "chunk_bytes must be a multiple of 4096 and at most arena_bytes");
     }
     const auto names = EvictionPolicyNames();
     if (std::find(names.begin(), names.end(), policy) == names.end()) {
@@ -175,8 +183,8 @@ std::unique_ptr<StoreCore> MakeCore(std::size_t arena_bytes, std::size_t chunk_b
     py::gil_scoped_release unlocked;
     std::string error;
     auto arena = Arena::Create(arena_bytes, chunk_bytes, huge_pages, &error);
-    if (arena == nullptr) throw std::runtime_error("arena of " + std::to_string(arena_bytes) +
-                                                   " bytes: " + error);
+    if (arena == nullptr)
+        throw std::runtime_error("arena of " + std::to_string(arena_bytes) + " bytes: " + error);
     return std::make_unique<StoreCore>(std::move(arena), policy);
 }
 
@@ -196,8 +204,7 @@ py::tuple Reserve(StoreCore &core, OwnerId owner, NamespaceId ns,
     std::uint64_t reservation;
     {
         py::gil_scoped_release unlocked;
-        reservation =
-            core.Reserve(owner, ns, chain, only_from_ssd, statuses.data(), grants.data());
+        reservation = core.Reserve(owner, ns, chain, only_from_ssd, statuses.data(), grants.data());
     }
     return py::make_tuple(
         reservation, Column<std::uint8_t>(statuses, hashes.n, [](ReserveStatus s) { return s; }),
@@ -228,20 +235,17 @@ py::tuple Acquire(StoreCore &core, OwnerId owner, NamespaceId ns,
     std::size_t held;
     {
         py::gil_scoped_release unlocked;
-        held = core.Acquire(owner, ns, hashes.data, hashes.n, expires, use, &lease,
-                            grants.data());
+        held = core.Acquire(owner, ns, hashes.data, hashes.n, expires, use, &lease, grants.data());
     }
     return py::make_tuple(
-        lease,
-        Column<std::uint64_t>(grants, held, [](const Grant &g) { return g.payload_offset; }),
+        lease, Column<std::uint64_t>(grants, held, [](const Grant &g) { return g.payload_offset; }),
         Column<std::uint64_t>(grants, held, [](const Grant &g) { return g.header_offset; }),
         Column<std::uint64_t>(grants, held, [](const Grant &g) { return g.sequence; }),
         Column<std::uint64_t>(grants, held, [](const Grant &g) { return g.checksum; }));
 }
 
-py::tuple Put(StoreCore &core, OwnerId owner, NamespaceId ns,
-              const Array<std::uint8_t> &hash_array, std::int64_t start,
-              const std::optional<py::bytes> &parent, const CopyPlan &plan,
+py::tuple Put(StoreCore &core, OwnerId owner, NamespaceId ns, const Array<std::uint8_t> &hash_array,
+              std::int64_t start, const std::optional<py::bytes> &parent, const CopyPlan &plan,
               const Array<std::int64_t> &ids, int threads) {
     CheckNamespace(core, ns);
     const Hashes hashes(hash_array);
@@ -266,8 +270,8 @@ py::tuple Load(StoreCore &core, OwnerId owner, NamespaceId ns,
     LoadResult result;
     {
         py::gil_scoped_release unlocked;
-        result = LoadBlocks(core, owner, ns, hashes.data, hashes.n, plan, ids.data(), verify,
-                            threads);
+        result =
+            LoadBlocks(core, owner, ns, hashes.data, hashes.n, plan, ids.data(), verify, threads);
     }
     return py::make_tuple(result.num_loaded, result.corrupt);
 }
@@ -494,8 +498,7 @@ void BindCore(py::module_ &m) {
              "only_from_ssd"_a)
         .def("commit", &Commit, "reservation"_a, "checksums"_a, "ok"_a)
         .def("abort", &StoreCore::Abort, "reservation"_a, py::call_guard<py::gil_scoped_release>())
-        .def("acquire", &Acquire, "owner"_a, "namespace_id"_a, "hashes"_a, "ttl_seconds"_a,
-             "use"_a)
+        .def("acquire", &Acquire, "owner"_a, "namespace_id"_a, "hashes"_a, "ttl_seconds"_a, "use"_a)
         .def("release", &StoreCore::Release, "lease"_a, py::call_guard<py::gil_scoped_release>())
         .def("expire_leases", &StoreCore::ExpireLeases, py::call_guard<py::gil_scoped_release>())
         .def("put", &Put, "owner"_a, "namespace_id"_a, "hashes"_a, "start"_a, "parent"_a, "plan"_a,

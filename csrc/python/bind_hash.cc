@@ -178,6 +178,72 @@ py::array_t<std::uint8_t> HashBlocksOf(const py::object &token_ids, py::ssize_t 
     return hashes;
 }
 
+void AppendCborHead(std::string &out, int major, std::uint64_t argument) {
+    const int num_bytes = argument < 24            ? 0
+                          : argument <= 0xff       ? 1
+                          : argument <= 0xffff     ? 2
+                          : argument <= UINT32_MAX ? 4
+                                                   : 8;
+    constexpr int kCodes[] = {0, 24, 25, 0, 26, 0, 0, 0, 27};
+    const int low = num_bytes == 0 ? static_cast<int>(argument) : kCodes[num_bytes];
+    out.push_back(static_cast<char>(major << 5 | low));
+    for (int i = num_bytes; i > 0; --i) out.push_back(static_cast<char>(argument >> (8 * (i - 1))));
+}
+
+void AppendCborInt(std::string &out, PyObject *value) {
+    int overflow = 0;
+    const long long number = PyLong_AsLongLongAndOverflow(value, &overflow);
+    const bool negative = overflow < 0 || (overflow == 0 && number < 0);
+    // CBOR writes a negative n as -1 - n.
+    const auto argument = negative ? py::reinterpret_steal<py::object>(PyNumber_Invert(value))
+                                   : py::reinterpret_borrow<py::object>(value);
+    const unsigned long long bits = PyLong_AsUnsignedLongLong(argument.ptr());
+    if (bits == static_cast<unsigned long long>(-1) && PyErr_Occurred() != nullptr) {
+        PyErr_Clear();
+        throw py::value_error("extra_keys: an integer does not fit in 64 bits");
+    }
+    AppendCborHead(out, negative ? 1 : 0, bits);
+}
+
+// Bounds nested tuples by Python's own recursion limit.
+class RecursionGuard {
+public:
+    RecursionGuard() {
+        if (Py_EnterRecursiveCall(" in extra_keys") != 0) throw py::error_already_set();
+    }
+    ~RecursionGuard() { Py_LeaveRecursiveCall(); }
+    RecursionGuard(const RecursionGuard &) = delete;
+    RecursionGuard &operator=(const RecursionGuard &) = delete;
+};
+
+// Canonical CBOR (RFC 8949, section 4.2.1).
+void AppendCbor(std::string &out, PyObject *value) {
+    if (value == Py_None) {
+        out.push_back('\xf6');
+    } else if (PyBool_Check(value)) {
+        out.push_back(value == Py_True ? '\xf5' : '\xf4');
+    } else if (PyLong_Check(value)) {
+        AppendCborInt(out, value);
+    } else if (PyBytes_Check(value)) {
+        const auto size = static_cast<std::size_t>(PyBytes_GET_SIZE(value));
+        AppendCborHead(out, 2, size);
+        out.append(PyBytes_AS_STRING(value), size);
+    } else if (PyUnicode_Check(value)) {
+        Py_ssize_t size = 0;
+        const char *text = PyUnicode_AsUTF8AndSize(value, &size);
+        if (text == nullptr) throw py::error_already_set();
+        AppendCborHead(out, 3, static_cast<std::uint64_t>(size));
+        out.append(text, static_cast<std::size_t>(size));
+    } else if (PyTuple_Check(value)) {
+        const RecursionGuard guard;
+        const Py_ssize_t count = PyTuple_GET_SIZE(value);
+        AppendCborHead(out, 4, static_cast<std::uint64_t>(count));
+        for (Py_ssize_t i = 0; i < count; ++i) AppendCbor(out, PyTuple_GET_ITEM(value, i));
+    } else {
+        throw py::type_error(std::string("extra_keys: cannot hash a ") + Py_TYPE(value)->tp_name);
+    }
+}
+
 py::bytes BytesOf(const BlockHash &hash) {
     return py::bytes(reinterpret_cast<const char *>(hash.bytes), sizeof(hash.bytes));
 }
@@ -214,6 +280,14 @@ void BindHash(py::module_ &m) {
         "hash_chain_root",
         [](std::string_view algorithm) { return BytesOf(ChainRoot(ParseChain(algorithm))); },
         py::arg("algorithm"));
+    m.def(
+        "cbor",
+        [](const py::tuple &value) {
+            std::string out;
+            AppendCbor(out, value.ptr());
+            return py::bytes(out);
+        },
+        py::arg("value"));
     m.def("blake3", &Blake3Of, py::arg("data"), py::arg("key") = py::none());
     m.def("sha256", &Sha256Of, py::arg("data"));
     m.def(

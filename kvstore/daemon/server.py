@@ -163,7 +163,9 @@ class Server:
         if hello is None:
             raise PeerUnavailableError("closed before Hello")
         if not isinstance(hello, wire.Hello) or hello.version != wire.VERSION:
-            raise IncompatibleError(f"the daemon speaks protocol {wire.VERSION} and wants Hello first")
+            raise IncompatibleError(
+                f"the daemon speaks protocol {wire.VERSION} and wants Hello first"
+            )
         try:
             namespace = Namespace.from_description(hello.namespace)
             token = self._join(hello.client, namespace)
@@ -309,6 +311,7 @@ _HANDLERS: dict[type, Callable[[LocalControl, Any], wire.Reply]] = {
     wire.Events: _events,
     wire.Match: _value(lambda c, r: c.match(_hashes(r.chain))),
     wire.Residency: lambda c, r: wire.Packed(c.residency(_hashes(r.chain)).tobytes()),
+    wire.Describe: lambda c, r: wire.Packed(c.describe(_hashes(r.chain))),
     wire.WaitFor: _value(lambda c, r: c.wait_for(_hashes(r.chain), r.want, _timeout(r.timeout))),
     wire.Release: _value(lambda c, r: c.release(r.lease)),
     wire.Abort: _value(lambda c, r: c.abort(r.reservation)),

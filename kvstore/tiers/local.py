@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any
 
@@ -27,6 +27,8 @@ from kvstore.tiers.ssd_side import SsdSide
 from kvstore.tiers.write_behind import Job
 from kvstore.transfer import TransferResult
 
+IN_CPU = 1 | 4  # residency: ready, or being written
+PROMISE_SECONDS = 10.0  # how long a put at a level above memory waits for room in the queue
 EVENT_CAPACITY = 1 << 16  # 80 B each; a reader that falls further behind sees a gap
 
 
@@ -65,9 +67,13 @@ class Tiers:
         self.ssd: SsdSide | None = None
         if config.ssd:
             self.ssd = SsdSide(config, self.core, self.counters, self.arena.ctypes.data)
-            for digest, namespace in self.ssd.stored_namespaces():
-                self._namespaces[digest] = self._add_namespace(namespace)
-            self.ssd.restore()
+            try:
+                for digest, namespace in self.ssd.stored_namespaces():
+                    self._namespaces[digest] = self._add_namespace(namespace)
+                self.ssd.restore()
+            except BaseException:
+                self.ssd.close()  # gives the directory back
+                raise
         self._promoter = Promoter(self.core, self.ssd, self.counters)
 
     def bind(self, namespace: Namespace) -> int:
@@ -134,6 +140,7 @@ class LocalControl:
         self._id = tiers.bind(namespace)
         self._owner = self._core.new_owner()
         self._owns_tiers = owns_tiers
+        self._closed = False
         self._block_bytes = namespace.spec.block_bytes
 
     @property
@@ -150,6 +157,8 @@ class LocalControl:
 
     @property
     def arena(self) -> npt.NDArray[np.uint8]:
+        if self._closed:  # leases and reservations ended with it: their slots are others' now
+            raise StoreClosedError("the store is closed")
         return self._tiers.arena
 
     # --- looking
@@ -159,6 +168,9 @@ class LocalControl:
 
     def residency(self, hashes: BlockHashes) -> npt.NDArray[np.uint8]:
         return self._core.residency(self._id, hashes.array)
+
+    def describe(self, hashes: BlockHashes) -> bytes:
+        return self._core.describe(self._id, hashes.array)
 
     def wait_for(self, hashes: BlockHashes, want: int, timeout: float) -> int:
         return self._core.wait_for(self._id, hashes.array, hashes.start, want, timeout)
@@ -173,8 +185,9 @@ class LocalControl:
             if available > in_cpu:
                 granted = self._promote_and_acquire(hashes[:available], granted, ttl, timeout)
         held = len(granted.offsets)
-        self._count(len(hashes), min(in_cpu, held), max(0, held - in_cpu))
-        self._tiers.counters.add("loaded_bytes", held * self._block_bytes)
+        hit_cpu = min(in_cpu, held)
+        num_bytes = held * self._block_bytes
+        self._tiers.counters.add_load(len(hashes), hit_cpu, held - hit_cpu, num_bytes)
         return granted
 
     def _promote_and_acquire(
@@ -182,25 +195,21 @@ class LocalControl:
     ) -> Granted:
         # The lease on what is in DRAM stays until all is, so that reading the tail cannot push the
         # head out.
-        future = self._tiers.promote(self._id, hashes[len(granted.offsets) :])
         try:
-            future.result(timeout)
+            self._tiers.promote(self._id, hashes[len(granted.offsets) :]).result(timeout)
         except FutureTimeoutError:
             self._tiers.counters.add("deadline_exceeded")
-        longer = self._acquire(hashes, ttl)
-        if granted.lease:
+        except BaseException as error:
             self._core.release(granted.lease)
+            if isinstance(error, CancelledError):
+                raise StoreClosedError("the store is closed") from None
+            raise
+        longer = self._acquire(hashes, ttl)
+        self._core.release(granted.lease)
         return longer
 
     def _acquire(self, hashes: BlockHashes, ttl: float | None) -> Granted:
         return Granted(*self._core.acquire(self._owner, self._id, hashes.array, ttl, True))
-
-    def _count(self, queried: int, hit_cpu: int, hit_ssd: int) -> None:
-        counters = self._tiers.counters
-        counters.add("queried_blocks", queried)
-        counters.add("hit_cpu_blocks", hit_cpu)
-        counters.add("hit_ssd_blocks", hit_ssd)
-        counters.add("missed_blocks", queried - hit_cpu - hit_ssd)
 
     def release(self, lease: int) -> bool:
         return self._core.release(lease)
@@ -212,20 +221,22 @@ class LocalControl:
         block_ids: npt.NDArray[np.int64],
         verify: bool,
         threads: int,
-    ) -> int:
-        """Load what is in the cpu tier in one native call; return how many leading blocks.
+    ) -> tuple[int, bool]:
+        """Load what is in the cpu tier in one native call.
 
-        Counts only a full hit: for anything less the caller goes on to `acquire`, which counts.
+        Returns how many leading blocks, and whether that is all there is in any tier. If it is not,
+        nothing is counted yet: the caller goes on to `acquire`, which counts.
         """
         loaded, corrupt = self._core.load(
             self._owner, self._id, hashes.array, plan, block_ids, verify, threads
         )
         if corrupt:
             self._tiers.counters.add("integrity_failures")
-        if loaded == len(hashes):
-            self._count(loaded, loaded, 0)
-            self._tiers.counters.add("loaded_bytes", loaded * self._block_bytes)
-        return loaded
+        is_all = loaded == len(hashes) or self._tiers.ssd is None or self.match(hashes) <= loaded
+        if is_all:
+            num_bytes = loaded * self._block_bytes
+            self._tiers.counters.add_load(len(hashes), loaded, 0, num_bytes)
+        return loaded, is_all
 
     def prefetch(self, hashes: BlockHashes) -> Future[TransferResult]:
         available = self.match(hashes)
@@ -280,13 +291,18 @@ class LocalControl:
                 self._tiers.ssd.write_later(job)
             return None
         granted = self._acquire(hashes, None)
-        job.ack, job.lease = ack, granted.lease
+        held = len(granted.offsets)
         future: Future[Ack] = Future()
-        job.future = future
-        timeout = 10.0
-        if len(granted.offsets) < len(hashes) or not self._tiers.ssd.write_later(job, timeout):
-            if granted.lease:
-                self._core.release(granted.lease)
+        # The level is of what was stored. Of a put that was refused in part, the leading blocks.
+        if held == 0 or np.any(self.residency(hashes[held:]) & IN_CPU):
+            self._core.release(granted.lease)
+            if reservation:
+                self._tiers.ssd.write_later(job)
+            return _reached("memory")
+        job = self._job(hashes[:held])
+        job.ack, job.lease, job.future = ack, granted.lease, future
+        if not self._tiers.ssd.write_later(job, PROMISE_SECONDS):
+            self._core.release(granted.lease)
             return _reached("memory")
         return future
 
@@ -299,7 +315,10 @@ class LocalControl:
     # --- removing and watching
 
     def remove(self, hashes: BlockHashes) -> int:
-        return self._core.remove(self._id, hashes.array)
+        removed = self._core.remove(self._id, hashes.array)
+        if removed and self._tiers.ssd is not None:
+            self._tiers.ssd.forget_later()
+        return removed
 
     def report_corrupt(self, block_hash: bytes) -> None:
         self._tiers.counters.add("integrity_failures")
@@ -307,6 +326,8 @@ class LocalControl:
 
     def clear(self) -> None:
         self._core.clear(self._id)
+        if self._tiers.ssd is not None:
+            self._tiers.ssd.forget_later()
 
     def flush(self, timeout: float) -> bool:
         return self._tiers.ssd is None or self._tiers.ssd.flush(timeout)
@@ -322,6 +343,7 @@ class LocalControl:
         return self._tiers.stats()
 
     def close(self) -> None:
+        self._closed = True
         self._core.release_owner(self._owner)
         if self._owns_tiers:
             self._tiers.close()

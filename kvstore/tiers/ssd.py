@@ -8,12 +8,19 @@ write(durable=True) returned as ok survives power loss, until it is forgotten, r
 again. In every case a read gives the exact bytes or a miss. The bytes of one key are taken to never
 change: after damage to the index an older copy of a key may come back.
 
+`counters` counts what happened, by reason: written_blocks, written_bytes, write_{full, no_space,
+io_error, index_error, too_large}; read_blocks, read_bytes, read_{missing, short, checksum,
+io_error}; reclaimed_segments, moved_blocks, dropped_blocks, move_{...}; index_{damaged,
+bad_records, rebuilt, errors}; recover_{missing_data, bad_records}; rebuild_{unknown_namespace,
+io_errors}.
+
 Thread safety: all methods may be called from any thread. `_writer` serializes those that change
 something (write, forget, reclaim, register_namespace, sync, verify); reads run beside them and
 beside each other. One LMDB transaction a write call: callers that batch, commit in groups.
 """
 
 import errno
+import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -129,7 +136,7 @@ class SsdTier:
         self._writer = threading.RLock()
         self._counting = threading.Lock()  # of what readers count
         self._closed = False
-        self._disk_full = False
+        self._refused_for_space = False
         self._lock_fd = ssd_open.lock_directory(self._path)
         try:
             uuid = ssd_open.open_superblock(self._path)
@@ -327,7 +334,11 @@ class SsdTier:
                 count, reason = 0, "index_error"
         if reason:
             self.counters[f"write_{reason}"] += n - count
-            self._disk_full = self._disk_full or reason in ("no_space", "index_error")
+            self._refused_for_space = self._refused_for_space or reason in (
+                "full",
+                "no_space",
+                "index_error",
+            )
         self.counters["written_blocks"] += count
         self.counters["written_bytes"] += int(descriptors["stored_bytes"][:count].sum())
         return Locations(
@@ -418,7 +429,7 @@ class SsdTier:
         """Whether a write of this many bytes could be refused for want of space."""
         with self._writer:
             self._check_open()
-            if self._disk_full:
+            if self._refused_for_space:
                 return True
             # Blocks of one page have the largest summaries: one page in 36.
             pages = -(-more_bytes // PAGE_BYTES)
@@ -464,19 +475,33 @@ class SsdTier:
             kept = np.flatnonzero(wanted)[ok]
             gone = np.ones(len(live), bool)
             gone[kept] = False
-            try:
-                self._index.commit(moved, keys_of(live[gone]), self._meta())
-            except (lmdb.Error, OSError):
-                self.counters["index_errors"] += 1
+            if not self._commit_reclaim(victim, moved, keys_of(live[gone])):
                 return None
             self._log.account(moved, 1)
             self._log.account(live, -1)
             self._log.remove(victim)
-            self._disk_full = False
+            self._refused_for_space = False
             self.counters["reclaimed_segments"] += 1
             self.counters["moved_blocks"] += len(moved)
             self.counters["dropped_blocks"] += int(gone.sum())
             return Reclaimed(victim.number, Records.of(moved), Records.of(live[gone]))
+
+    def _commit_reclaim(self, victim: Segment, moved: Structs, gone: list[bytes]) -> bool:
+        try:
+            self._index.commit(moved, gone, self._meta())
+        except (lmdb.Error, OSError) as error:
+            self.counters["index_errors"] += 1
+            if not _is_out_of_space(error):
+                return False
+            # The disk is so full that the index cannot even shrink. The segment goes first: until
+            # the index is written its records are misses, and a crash now costs the survivors.
+            self._log.remove(victim)
+            try:
+                self._index.commit(moved, gone, self._meta())
+            except (lmdb.Error, OSError):
+                self.counters["index_errors"] += 1
+                return False
+        return True
 
     def _live(self, segment: Segment) -> Structs:
         """Records that point into the segment, in log order.
@@ -614,10 +639,15 @@ class SsdTier:
 _READ_REASONS = {MISSING: "missing", errno.EBADMSG: "checksum", errno.ENODATA: "short"}
 
 
+def _is_out_of_space(error: Exception) -> bool:
+    return any(
+        os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    )
+
+
 def _storage_error(error: Exception, path: Path) -> StorageError | OutOfSpaceError:
-    if isinstance(error, lmdb.DiskError) or "No space" in str(error):
-        return OutOfSpaceError(f"{path}: the index cannot be written: {error}.")
-    return StorageError(errno.EIO, f"{path}: the index cannot be written: {error}.")
+    text = f"{path}: the index cannot be written: {error}."
+    return OutOfSpaceError(text) if _is_out_of_space(error) else StorageError(errno.EIO, text)
 
 
 def _ends(rows: Structs) -> Iterator[tuple[int, int]]:

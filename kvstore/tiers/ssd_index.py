@@ -1,14 +1,17 @@
 """The SSD tier's index: (namespace, hash) -> where the block lies, in LMDB.
 
 LMDB stays in its synchronous mode: with sync=False a power loss leaves an environment that crashes
-its reader. LMDB has no checksums and its C code trusts the file, so an existing environment is
-first walked by a short-lived child process, records carry checksums of their own, and an
-environment that fails either test is set aside (never deleted) and rebuilt from the segments.
+its reader. LMDB has no checksums and its C code trusts the file. So a short-lived child process
+first walks an existing environment and copies it without its free list (a flipped bit there makes
+LMDB overwrite live pages or abort), the copy takes its place, and records carry checksums of their
+own. An environment that fails any of this is set aside (never deleted) and rebuilt from the
+segments.
 
 Thread safety: all methods may be called from any thread; `_lock` serializes them, because growing
 the map requires that no transaction is open.
 """
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -38,44 +41,51 @@ _MAP_BYTES_MIN = 16 << 20
 _PROBE_SECONDS_MIN = 20.0
 _PROBE_BYTES_PER_SECOND = 20e6  # a cold slow disk; a walk that takes longer is taken for a loop
 
-# Walks every page that a reader or the next writer would use. The aborted transaction makes LMDB
-# read its free list.
+# Walks every page that a reader would use, then copies what it walked.
 _PROBE = """
 import sys
 sys.path[:0] = [sys.argv[1]]
 import lmdb
-env = lmdb.open(sys.argv[2], max_dbs=4, lock=False, map_size=int(sys.argv[3]))
+env = lmdb.open(sys.argv[2], max_dbs=4, lock=False, readonly=True, map_size=int(sys.argv[3]))
 with env.begin() as txn:
     names = [bytes(name) for name, _ in txn.cursor()]
 for name in names:
     db = env.open_db(name, create=False)
     with env.begin(db=db) as txn:
-        n = 0
-        for key, value in txn.cursor().iternext(keys=True, values=True):
-            n += 1
+        n, last = 0, b""
+        for key, value in txn.cursor():
+            if key <= last:
+                sys.exit(3)
+            n, last = n + 1, key
         if n != txn.stat(db)["entries"]:
-            sys.exit(3)
-        for key in txn.cursor().iterprev(keys=True, values=False):
-            n -= 1
-        if n:
             sys.exit(4)
-with env.begin(write=True) as txn:
-    db = env.open_db(b"meta", txn=txn)
-    for i in range(64):
-        txn.put(b"probe%d" % i, bytes(1024), db=db)
-    txn.abort()
-sys.exit(0 if set(names) >= {b"blocks", b"meta", b"namespaces"} else 5)
+if not set(names) >= {b"blocks", b"meta", b"namespaces"}:
+    sys.exit(5)
+try:
+    if not sys.argv[4]:
+        sys.exit(7)
+    env.copy(sys.argv[4], compact=True)
+except lmdb.Error as error:
+    sys.exit(7 if "No space" in str(error) else 6)
 """
+_SOUND, _SOUND_NOT_COPIED = 0, 7
 
 
-def is_sound(path: Path, map_bytes: int) -> bool:
-    """Whether a child process could walk the whole environment without an error or a crash."""
+def make_sound(path: Path, map_bytes: int) -> bool:
+    """Replaces the environment by a compact copy; False when it is damaged.
+
+    Where the disk has no room for a copy, a sound original stays as it is.
+    """
     data = path / "data.mdb"
     size = data.stat().st_size if data.is_file() else 0
     if size == 0:
         return False
-    command = [sys.executable, "-I", "-S", "-c", _PROBE]
-    command += [str(Path(lmdb.__file__).parent.parent), str(path), str(max(map_bytes, size))]
+    copied = path.with_name(path.name + ".tmp")
+    shutil.rmtree(copied, ignore_errors=True)
+    with contextlib.suppress(OSError):  # a full disk must not keep us from reading it
+        copied.mkdir()
+    command = [sys.executable, "-I", "-S", "-c", _PROBE, str(Path(lmdb.__file__).parent.parent)]
+    command += [str(path), str(max(map_bytes, size)), str(copied) if copied.is_dir() else ""]
     try:
         done = subprocess.run(
             command,
@@ -85,9 +95,16 @@ def is_sound(path: Path, map_bytes: int) -> bool:
             timeout=_PROBE_SECONDS_MIN + size / _PROBE_BYTES_PER_SECOND,
             check=False,
         )
+        if done.returncode == _SOUND:
+            with open(copied / "data.mdb", "rb") as file:
+                os.fsync(file.fileno())
+            os.rename(copied / "data.mdb", data)
+            sync_directory(path)
     except subprocess.TimeoutExpired:
         return False
-    return done.returncode == 0
+    finally:
+        shutil.rmtree(copied, ignore_errors=True)
+    return done.returncode in (_SOUND, _SOUND_NOT_COPIED)
 
 
 def set_aside(path: Path) -> Path:
@@ -119,7 +136,7 @@ def create(path: Path, map_bytes: int, rows: Structs, namespaces: dict[int, byte
 
 class SsdIndex:
     def __init__(self, path: Path, map_bytes: int) -> None:
-        """Opens an environment that is_sound() has seen. The caller holds the directory's lock."""
+        """Opens what make_sound() or create() left. The caller holds the directory's lock."""
         # Ours alone, and rebuilt by LMDB: one less file whose damage matters.
         (path / "lock.mdb").unlink(missing_ok=True)
         self._lock = threading.Lock()

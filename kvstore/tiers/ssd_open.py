@@ -154,7 +154,7 @@ def open_index(
     namespaces = read_namespaces(path)
     with _translated(where):
         if where.exists():
-            if ssd_index.is_sound(where, map_bytes):
+            if ssd_index.make_sound(where, map_bytes):
                 index = ssd_index.SsdIndex(where, map_bytes)
                 for number, packed in index.namespaces().items():
                     namespaces.setdefault(number, unpack_namespace(packed))

@@ -21,7 +21,7 @@ from kvstore.config import StoreConfig, parse_bytes
 from kvstore.control import Ack
 from kvstore.errors import IncompatibleError, KVStoreError
 from kvstore.metrics import Counters
-from kvstore.tiers.records import NOT_ON_SSD, RECORD, Records, hash_rows, records_from
+from kvstore.records import NOT_ON_SSD, RECORD, Records, hash_rows, records_from
 from kvstore.tiers.ssd import SsdConfig, SsdTier
 from kvstore.tiers.ssd_format import Records as Columns
 from kvstore.tiers.write_behind import Job, WriteBehind
@@ -74,8 +74,8 @@ class SsdSide:
             namespace = Namespace.from_description(json.loads(description))
             if namespace.digest != digest:
                 raise IncompatibleError(
-                    f"ssd: namespace {namespace.model!r} in {self._tier.config.path} was written by "
-                    "a version that names it differently"
+                    f"ssd: namespace {namespace.model!r} in {self._tier.config.path} was written "
+                    "by a version that names it differently"
                 )
             yield digest, namespace
 
@@ -116,14 +116,19 @@ class SsdSide:
     def write_later(self, job: Job, timeout: float = 0.0) -> bool:
         return self._writer.submit(job, timeout)
 
+    def forget_later(self) -> None:
+        """Delete the records of removed blocks, or they are back when the directory is opened."""
+        self._writer.submit(Job(0, np.empty((0, 32), np.uint8), 0))
+
     def flush(self, timeout: float) -> bool:
         return self._writer.flush(timeout)
 
     def _write(self, jobs: list[Job]) -> None:
         durable = any(job.ack == "durable" for job in jobs)
         try:
-            for number in sorted({job.namespace_id for job in jobs}):
-                mine = [job for job in jobs if job.namespace_id == number]
+            named = [job for job in jobs if len(job.hashes)]
+            for number in sorted({job.namespace_id for job in named}):
+                mine = [job for job in named if job.namespace_id == number]
                 self._write_blocks(number, self._todo(number, mine), durable)
             if durable:
                 self._tier.sync()
@@ -149,31 +154,37 @@ class SsdSide:
         _, first = np.unique(hashes, axis=0, return_index=True)
         return np.ascontiguousarray(hashes[np.sort(first)])
 
-    def _write_blocks(
-        self, number: int, hashes: npt.NDArray[np.uint8], durable: bool
-    ) -> None:
+    def _write_blocks(self, number: int, hashes: npt.NDArray[np.uint8], durable: bool) -> None:
         block_bytes = self._specs[number].spec.block_bytes
         step = max(1, WriteBehind.BATCH_BYTES // block_bytes)
-        for first in range(0, len(hashes), step):
-            part = hashes[first : first + step]
-            lease, offsets, *_ = self._core.acquire(self._owner, number, part, None, False)
+        while len(hashes):
+            part = hashes[:step]
+            lease, offsets, _, _, checksums = self._core.acquire(
+                self._owner, number, part, None, False
+            )
+            held = len(offsets)
             try:
-                self._write_leased(number, part[: len(offsets)], offsets + self._base, durable)
+                self._write_leased(number, part[:held], offsets + self._base, checksums, durable)
             finally:
-                if lease:
-                    self._core.release(lease)
+                self._core.release(lease)
+            # Where one has left the cpu tier meanwhile, go on behind it.
+            hashes = hashes[held if held == len(part) else held + 1 :]
 
     def _write_leased(
         self,
         number: int,
         hashes: npt.NDArray[np.uint8],
         addresses: npt.NDArray[np.uint64],
+        checksums: npt.NDArray[np.uint64],
         durable: bool,
     ) -> None:
-        n = len(hashes)
         rows = records_from(self._core.describe(number, hashes))
-        if n == 0 or len(rows) < n:
-            return  # gone since it was leased: nothing continues it either
+        n = len(rows)
+        if n == 0:
+            return
+        # What was removed since it was leased, and what follows it, waits for its next put.
+        hashes, addresses, checksums = hashes[:n], addresses[:n], checksums[:n]
+        rows["checksum"] = checksums  # of the leased bytes, whatever was put under the hash since
         block_bytes = self._specs[number].spec.block_bytes
         sizes = np.full(n, block_bytes, np.uint32)
         codecs = np.zeros(n, np.uint8)
@@ -192,7 +203,7 @@ class SsdSide:
             rows["depth"].astype(np.uint32),
             addresses,
             sizes,
-            rows["checksum"].astype(np.uint64),
+            checksums,
             durable=durable,
             codecs=codecs,
             stored_bytes=stored,
@@ -240,7 +251,7 @@ class SsdSide:
         self._core.move_ssd(np.ascontiguousarray(before[at]), moved)
 
     def _forget_garbage(self) -> None:
-        """Delete the records of copies that the core gave up, unless the block lies elsewhere now."""
+        """Delete records of copies that the core gave up, unless the block lies elsewhere now."""
         garbage = records_from(self._core.take_garbage())
         for number in np.unique(garbage["namespace"]).tolist():
             hashes = np.ascontiguousarray(garbage["hash"][garbage["namespace"] == number])
@@ -266,11 +277,11 @@ class SsdSide:
         self._counters.add("ssd_read_bytes", int(rows["stored_bytes"][ok].sum(dtype=np.int64)))
         return ok
 
-    def _read_raw(
-        self, rows: Records, addresses: npt.NDArray[np.uint64]
-    ) -> npt.NDArray[np.bool_]:
+    def _read_raw(self, rows: Records, addresses: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
         return self._tier.read(
-            *(np.ascontiguousarray(rows[name]) for name in ("segment", "page", "stored_bytes")),
+            np.ascontiguousarray(rows["segment"]),
+            np.ascontiguousarray(rows["page"]),
+            np.ascontiguousarray(rows["stored_bytes"]),
             np.ascontiguousarray(rows["stored_checksum"]),
             np.ascontiguousarray(addresses),
         )
@@ -286,9 +297,7 @@ class SsdSide:
         spec = self._specs[number].spec
         try:
             codec = self._codec(number, codec_id)
-            ok[ok] = codec.decode(
-                starts[ok], lengths[ok], addresses[ok], spec.block_bytes, spec
-            )
+            ok[ok] = codec.decode(starts[ok], lengths[ok], addresses[ok], spec.block_bytes, spec)
         except KVStoreError as error:
             log.warning("cannot decode blocks of codec %d: %s", codec_id, error)
             ok[:] = False
@@ -296,14 +305,24 @@ class SsdSide:
 
     # --- watching and ending
 
-    def gauges(self) -> dict[str, int]:
+    def gauges(self) -> dict[str, float]:
+        reports = [codec.error_report() for codec in self._codecs.values() if codec.id != NO_CODEC]
+        raw, encoded = (sum(getattr(r, n) for r in reports) for n in ("raw_bytes", "encoded_bytes"))
         return {
+            "kvstore_codec_ratio": raw / encoded if encoded else 1.0,
+            "kvstore_codec_error_rms_relative": max(
+                (report.error_rms_relative for report in reports), default=0.0
+            ),
+            "kvstore_codec_error_abs_max": max(
+                (report.error_abs_max for report in reports), default=0.0
+            ),
             "kvstore_ssd_used_bytes": self._tier.used_bytes,
             "kvstore_ssd_capacity_bytes": self._tier.capacity_bytes,
             "kvstore_write_behind_bytes": self._writer.queued_bytes,
         }
 
     def close(self) -> None:
+        self.forget_later()
         self._writer.close(timeout=60.0)
         self._core.release_owner(self._owner)
         self._tier.close()

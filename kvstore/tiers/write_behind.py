@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore.control import Ack
+from kvstore.errors import StoreClosedError
 from kvstore.metrics import Counters
 
 log = logging.getLogger(__name__)
@@ -84,19 +85,21 @@ class WriteBehind:
     def flush(self, timeout: float) -> bool:
         """Wait until everything queued so far is written; False when `timeout` seconds went by."""
         with self._condition:
-            return self._condition.wait_for(
-                lambda: not self._jobs and not self._writing, timeout
-            )
+            return self._condition.wait_for(lambda: not self._jobs and not self._writing, timeout)
 
     def close(self, timeout: float) -> bool:
         """Write what is queued, for at most `timeout` seconds, then end the thread."""
         done = self.flush(timeout)
         with self._condition:
             self._closing = True
-            if not done:
+            left = [] if done else list(self._jobs)
+            if left:
                 self._jobs.clear()
                 self._queued_bytes = 0
             self._condition.notify_all()
+        for job in left:
+            if job.future is not None:
+                job.future.set_exception(StoreClosedError("the store was closed before the write"))
         self._thread.join(timeout)
         return done and not self._thread.is_alive()
 
@@ -116,7 +119,7 @@ class WriteBehind:
         while batch := self._take():
             try:
                 self._write(batch)
-            except Exception as error:  # noqa: BLE001 - the thread must outlive any failed step
+            except Exception as error:
                 self._counters.add("background_errors")
                 log.exception("write-behind step failed")
                 for job in batch:

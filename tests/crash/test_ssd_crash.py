@@ -37,10 +37,17 @@ def start(path: Path, kind: str, seed: int, prefix: list[str]) -> "subprocess.Po
     return subprocess.Popen(
         [*command, str(seed % 2)],
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
         text=True,
-        bufsize=1,
     )
+
+
+def hear_out(writer: "subprocess.Popen[str]") -> str:
+    """All that it still said. Not communicate(): that would skip what readline() has buffered."""
+    assert writer.stdout is not None
+    with writer.stdout:
+        said = writer.stdout.read()
+    writer.wait()
+    return said
 
 
 def kill_at_random(path: Path, kind: str, seed: int) -> str:
@@ -54,9 +61,9 @@ def kill_at_random(path: Path, kind: str, seed: int) -> str:
     for _ in range(dice.randrange(20_000)):
         pass
     writer.send_signal(signal.SIGKILL)
-    rest, errors = writer.communicate()
-    assert writer.returncode == -signal.SIGKILL, errors
-    return heard + rest
+    heard += hear_out(writer)
+    assert writer.returncode == -signal.SIGKILL
+    return heard
 
 
 def kill_at_call(path: Path, kind: str, seed: int) -> str:
@@ -68,8 +75,7 @@ def kill_at_call(path: Path, kind: str, seed: int) -> str:
     writer = start(
         path, kind, seed, ["strace", "-f", "-o", "/dev/null", "--seccomp-bpf", "-e", inject]
     )
-    heard, _ = writer.communicate()
-    return heard
+    return hear_out(writer)
 
 
 def run(tmp_path: Path, kind: str, how: str, cycles: int, first_seed: int) -> None:

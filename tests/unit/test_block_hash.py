@@ -167,6 +167,26 @@ def test_vllm_chain_with_extra_keys_equals_pickle_and_cbor2(
     assert list(hashes) == ORACLE.chain(algorithm, tokens, block_tokens, list(extras))
 
 
+@settings(deadline=None)
+@given(key=vllm_keys | st.recursive(st.booleans() | vllm_atom, lambda x: st.tuples(x, x)))
+def test_cbor_equals_cbor2(key: Any) -> None:
+    assert _native.cbor((key,)) == cbor2.dumps((key,), canonical=True)
+
+
+@pytest.mark.parametrize("number", [2**64 - 1, -(2**64), 2**63, -(2**63) - 1, -1, -24, -25, -257])
+def test_cbor_integers_equal_cbor2_at_the_edges(number: int) -> None:
+    assert _native.cbor((number,)) == cbor2.dumps((number,), canonical=True)
+
+
+def test_extra_keys_nested_without_end_are_refused() -> None:
+    key: tuple[Any, ...] = ()
+    for _ in range(100_000):
+        key = (key,)
+    for algorithm in VLLM:
+        with pytest.raises(RecursionError):
+            hash_blocks([1], 1, extra_keys=[key], algorithm=algorithm)
+
+
 @pytest.mark.parametrize("big", [False, True], ids=["small ids", "large ids"])
 @pytest.mark.parametrize("algorithm", VLLM)
 def test_vllm_blocks_beyond_one_pickle_frame_equal_oracle(algorithm: str, big: bool) -> None:
@@ -366,6 +386,7 @@ def test_id_out_of_range_is_named(bad: int, algorithm: str) -> None:
         (TypeError, "extra_keys", {"extra_keys": ["a", None], "algorithm": "vllm_sha256"}),
         (TypeError, "extra_keys", {"extra_keys": [(1.5,), None], "algorithm": "vllm_sha256"}),
         (ValueError, "extra_keys", {"extra_keys": [(2**64,), None], "algorithm": "vllm_sha256"}),
+        (ValueError, "extra_keys", {"extra_keys": [(-(2**65),), None], "algorithm": VLLM[1]}),
     ],
 )
 def test_bad_argument_is_named(

@@ -1,4 +1,4 @@
-"""RECORD: one block's identity and place on ssd, as the native core and the ssd tier exchange it."""
+"""RECORD: a block's identity and place on ssd, as the native core and the ssd tier exchange it."""
 
 from __future__ import annotations
 

@@ -1,0 +1,80 @@
+# `make demo` and `make test` work from a fresh clone: they need Python >= 3.10, make and a C++20
+# compiler, and make a virtual environment of their own.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+NATIVE = $(shell find csrc -name '*.h' -o -name '*.cc' -o -name '*.cu')
+BUILT := $(VENV)/.built
+TORCHED := $(VENV)/.torch
+# A build of torch for CPUs where there is no GPU: a bare `torch` pulls gigabytes of CUDA.
+TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
+CXX ?= g++
+
+.PHONY: all demo test test-all lint format bench sanitize wheel clean tools
+all: lint test
+
+tools:
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is missing: install Python 3.10 or newer"; exit 1; }
+	@command -v $(CXX) >/dev/null || { echo "make: $(CXX) is missing: install a C++20 compiler (Debian: apt-get install g++)"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "make: $(PYTHON) is older than 3.10"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "make: Python lacks venv (Debian: apt-get install python3-venv)"; exit 1; }
+	@$(PYTHON) -c 'import os, sysconfig, sys; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || { echo "make: Python.h is missing (Debian: apt-get install python3-dev)"; exit 1; }
+
+$(BUILT): pyproject.toml setup.py $(NATIVE) | tools
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -e '.[dev]'
+	touch $@
+
+$(TORCHED): $(BUILT)
+	$(BIN)/pip install -q '$(TORCH)' 'transformers>=4.57'
+	touch $@
+
+# The main job: prefill and decode workers on one store, cold, warm from DRAM, warm from SSD.
+demo: $(TORCHED)
+	$(BIN)/kvstore demo $(ARGS)
+
+test: $(TORCHED)
+	$(BIN)/python -m pytest $(ARGS)
+
+# With the suites that kill writers and shut file systems down (some need root).
+test-all: $(TORCHED)
+	$(BIN)/python -m pytest -m 'not gpu and not vllm and not sglang and not redis and not rdma' --timeout 900 $(ARGS)
+
+lint: $(TORCHED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/stubtest kvstore._native --allowlist tests/stubtest_allowlist.txt
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
+
+format: $(BUILT)
+	$(BIN)/ruff check -q --fix-only .
+	$(BIN)/ruff format -q .
+	$(BIN)/clang-format -i $(NATIVE)
+
+bench: $(TORCHED)
+	$(BIN)/kvstore bench $(ARGS)
+
+# Native code under AddressSanitizer and UBSan through the Python tests, then the threaded C++ tests
+# under ThreadSanitizer. Torch is kept out: it is not instrumented.
+SANITIZED := build/asan
+sanitize: $(BUILT)
+	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
+	cp -r kvstore adapters csrc tests bench docs setup.py pyproject.toml README.md LICENSE $(SANITIZED)
+	rm -f $(SANITIZED)/kvstore/*.so
+	cd $(SANITIZED) && KVSTORE_SANITIZE=address,undefined $(abspath $(BIN))/python setup.py -q build_ext --inplace
+	cd $(SANITIZED) && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=.:adapters KVSTORE_SANITIZED=1 \
+	  $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider --timeout 600 tests/unit tests/property tests/contract
+	mkdir -p build/tsan
+	for t in csrc/tests/*_test.cc; do echo "tsan $$t"; \
+	  $(CXX) -std=c++20 -O1 -g -UNDEBUG -fsanitize=thread -Icsrc $$t csrc/core/*.cc csrc/copy/*.cc -o build/tsan/test -pthread && \
+	  TSAN_OPTIONS=halt_on_error=1 build/tsan/test || exit 1; done
+
+wheel: $(BUILT)
+	$(BIN)/pip install -q build
+	$(BIN)/python -m build -o dist .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info kvstore/*.so

@@ -1,0 +1,110 @@
+"""The `bench` command, and the list of what can be measured."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from kvstore.bench import dram, prefix, ssd
+from kvstore.bench.report import Figure, Report
+from kvstore.bench.timing import Scale
+from kvstore.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Figures that one run gives together."""
+
+    names: tuple[str, ...]
+    run: Callable[[Scale, Path], Sequence[Figure]]  # the path: a directory on the disk to measure
+
+
+MEASUREMENTS = (
+    Measurement(
+        (
+            "memcpy_16x1MiB",
+            "put_16x1MiB",
+            "load_16x1MiB",
+            "put_16x1MiB_paged",
+            "load_16x1MiB_paged",
+        ),
+        lambda scale, _: dram.batches(scale),
+    ),
+    Measurement(("get_64KiB_p50_us", "put_64KiB_p50_us"), lambda scale, _: dram.singles(scale)),
+    Measurement(
+        ("hash_128k_ms", "hash_128k_sha256_ms", "hash_128k_vllm_sha256_cbor_ms"),
+        lambda scale, _: prefix.hashing(scale),
+    ),
+    Measurement(
+        ("match_8192_ms", "match_8192_unlinked_ms", "hash_match_128k_ms"),
+        lambda scale, _: prefix.matching(scale),
+    ),
+    Measurement(
+        (
+            "index_bytes_per_block",
+            "index_lookup_growth",
+            "index_match_growth",
+            "index_lookup_ns",
+        ),
+        lambda scale, _: prefix.index(scale),
+    ),
+    Measurement(("disk_write", "ssd_write_1MiB", "disk_read", "ssd_read_1MiB"), ssd.limits),
+    Measurement(("recover_100k_blocks_s",), ssd.recovery),
+)
+NAMES = tuple(name for measurement in MEASUREMENTS for name in measurement.names)
+
+
+def run(
+    only: Sequence[str] = (),
+    directory: Path | None = None,
+    quick: bool = False,
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[Figure]:
+    """Measure `only` these figures (default: all), with disk files below `directory`.
+
+    Raises:
+        ConfigError: no such figure, or the directory cannot be used.
+    """
+    unknown = sorted(set(only) - set(NAMES))
+    if unknown:
+        raise ConfigError(f"only: {unknown[0]!r} is not one of {', '.join(NAMES)}")
+    wanted = set(only) or set(NAMES)
+    figures: list[Figure] = []
+    for measurement in MEASUREMENTS:
+        if wanted.intersection(measurement.names):
+            progress(measurement.names[0])
+            figures += measurement.run(Scale(quick), directory or Path.cwd())
+    return [figure for figure in figures if figure.name in wanted]
+
+
+def bench(
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--only", help="Measure only this figure; several times, or with commas."),
+    ] = None,
+    directory: Annotated[
+        Path | None,
+        typer.Option("--ssd", help="Directory on the disk to measure; default: the current one."),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Small sizes and few rounds: only an indication.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+) -> None:
+    """Measure this machine: what the store does, beside memcpy, the disk and plain Python."""
+    names = [name for text in only or () for name in text.split(",") if name]
+    console = Console(stderr=True)
+    with contextlib.ExitStack() as stack:
+        progress: Callable[[str], None] = lambda _: None
+        if console.is_terminal:
+            status = stack.enter_context(console.status("measuring"))
+            progress = lambda name: status.update(f"measuring {name} ...")
+        figures = run(names, directory, quick, progress)
+    Report(figures, quick).show(as_json=as_json, as_markdown=as_markdown)
