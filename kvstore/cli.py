@@ -32,23 +32,25 @@ class _Commands(TyperGroup):
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"kvstore {metadata.version('kvstore-llm')}")
+        try:
+            version = metadata.version("kvstore-llm")
+        except metadata.PackageNotFoundError:
+            version = "from a source tree that is not installed"
+        typer.echo(f"kvstore {version}")
         raise typer.Exit
 
 
 def _root(
     version: Annotated[
         bool,
-        typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version."
-        ),
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
     """A tiered KV-cache store for LLM inference."""
 
 
 def build_app(plugins: Iterable[metadata.EntryPoint] | None = None) -> typer.Typer:
-    """The application with the built-in commands and those of `plugins` (default: installed ones)."""
+    """The application: built-in commands and those of `plugins` (default: all installed)."""
     app = typer.Typer(
         cls=_Commands,
         name="kvstore",

@@ -13,6 +13,7 @@ from .demo_report import DemoRun
 if TYPE_CHECKING:
     from .pd import RequestResult
 
+PHASE_COLORS = ("#bbccee", "#eecc88", "#ccddaa")
 COLORS = ("#777777", "#4477aa", "#cc6677", "#ddaa33", "#228833")
 
 
@@ -31,6 +32,7 @@ def draw(runs: list[DemoRun], path: Path) -> None:
     _cumulative(cumulative, runs, by_name, names)
     _phase_shares(shares, runs)
     _against_length(lengths, runs)
+    figure.legend(*times.get_legend_handles_labels(), loc="outside upper center", ncols=len(runs))
     figure.savefig(path, dpi=110)
 
 
@@ -47,7 +49,6 @@ def _request_times(
     axes.set_xticks(at, names, rotation=35, ha="right")
     axes.set_ylabel("latency, s")
     axes.set_title("Time of each request")
-    axes.legend()
 
 
 def _cumulative(
@@ -60,7 +61,6 @@ def _cumulative(
     axes.set_ylabel("sum of latencies, s")
     axes.set_ylim(bottom=0)
     axes.set_title("Cumulative time")
-    axes.legend()
 
 
 def _phase_shares(axes: Any, runs: list[DemoRun]) -> None:
@@ -75,7 +75,7 @@ def _phase_shares(axes: Any, runs: list[DemoRun]) -> None:
     left = np.zeros(len(runs))
     for index, phase in enumerate(phases):
         axes.barh(
-            range(len(runs)), shares[:, index], left=left, label=phase, color=COLORS[index + 1]
+            range(len(runs)), shares[:, index], left=left, label=phase, color=PHASE_COLORS[index]
         )
         for row, share in enumerate(shares[:, index]):
             if share > 0.06:
@@ -113,4 +113,3 @@ def _against_length(axes: Any, runs: list[DemoRun]) -> None:
     axes.set_xlabel("tokens of the prompt")
     axes.set_ylabel("TTFT, ms")
     axes.set_title("Time to first token against the prompt's length")
-    axes.legend()

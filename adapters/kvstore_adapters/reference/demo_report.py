@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from .counters import TransferCounters
 from .pd import Mode, RequestResult, RunResult
 
 if TYPE_CHECKING:
@@ -48,10 +49,7 @@ class DemoRun:
     @property
     def hit_ratio(self) -> dict[str, float]:
         """Shares of the prompts' full blocks that prefill took from each tier, or computed."""
-        counters = self.result.prefill
-        queried = max(1, counters.queried_blocks)
-        cpu, ssd = counters.hit_cpu_blocks / queried, counters.hit_ssd_blocks / queried
-        return {"cpu": cpu, "ssd": ssd, "missed": 1.0 - cpu - ssd}
+        return _hit_ratio([self.result.prefill])
 
     @property
     def bytes_loaded(self) -> int:
@@ -69,9 +67,8 @@ class DemoRun:
 def report(runs: list[DemoRun]) -> dict[str, Any]:
     """The object that `--json` prints."""
     colocated, disaggregated, cold, warm, fresh = runs
-    cached = [cold, warm, fresh]
     identical = tokens_identical(runs)
-    hit_ratio = _total_hit_ratio(cached)
+    hit_ratio = _hit_ratio([run.result.prefill for run in (cold, warm, fresh)])
     moved = sum(run.bytes_moved for run in runs)
     figures = [
         _figure("tokens_identical", identical, "bool"),
@@ -111,12 +108,14 @@ def tokens_identical(runs: list[DemoRun]) -> bool:
     return len({len(run.result.requests) for run in runs}) == 1
 
 
-def _total_hit_ratio(runs: list[DemoRun]) -> dict[str, float]:
-    """Over the three runs with cache together."""
-    queried = max(1, sum(run.result.prefill.queried_blocks for run in runs))
-    cpu = sum(run.result.prefill.hit_cpu_blocks for run in runs) / queried
-    ssd = sum(run.result.prefill.hit_ssd_blocks for run in runs) / queried
-    return {"cpu": cpu, "ssd": ssd, "missed": 1.0 - cpu - ssd}
+def _hit_ratio(counters: list[TransferCounters]) -> dict[str, float]:
+    blocks = {
+        "cpu": sum(each.hit_cpu_blocks for each in counters),
+        "ssd": sum(each.hit_ssd_blocks for each in counters),
+    }
+    queried = sum(each.queried_blocks for each in counters)
+    blocks["missed"] = queried - sum(blocks.values())
+    return {tier: count / max(1, queried) for tier, count in blocks.items()}
 
 
 def _figure(
@@ -151,8 +150,8 @@ def _run(run: DemoRun) -> dict[str, Any]:
         "hit_ratio": run.hit_ratio,
         "bytes_loaded": run.bytes_loaded,
         "bytes_saved": run.bytes_saved,
-        "bytes_ssd_read": store.get("kvstore_ssd_read_bytes_total", 0),
-        "bytes_ssd_written": store.get("kvstore_ssd_written_bytes_total", 0),
+        "bytes_ssd_read": int(store.get("kvstore_ssd_read_bytes_total", 0)),
+        "bytes_ssd_written": int(store.get("kvstore_ssd_written_bytes_total", 0)),
         "store_errors": run.result.prefill.errors + run.result.decode.errors,
         "requests": [_request(request) for request in run.result.requests],
     }
@@ -178,12 +177,12 @@ def table(runs: list[DemoRun], result: dict[str, Any]) -> Group:
     from rich.table import Table
     from rich.text import Text
 
-    times = Table(title="kvstore demo: means of each run's requests")
-    for header in ("run", "TTFT ms", "TPOT ms", "latency ms", "out tok/s", "in tok/s", "wall s"):
+    times = Table(title="Means over each run's requests, times in ms, rates in tokens/s")
+    for header in ("run", "TTFT", "TPOT", "latency", "output", "prompt", "wall s"):
         times.add_column(header, justify="left" if header == "run" else "right", no_wrap=True)
-    bytes_ = Table(title="KV through the store")
-    for header in ("run", "hit DRAM", "hit SSD", "computed", "loaded", "saved", "SSD read"):
-        bytes_.add_column(header, justify="left" if header == "run" else "right", no_wrap=True)
+    kv = Table(title="KV through the store: prompts' blocks by tier, and MiB")
+    for header in ("run", "DRAM", "SSD", "computed", "loaded", "saved", "SSD read"):
+        kv.add_column(header, justify="left" if header == "run" else "right", no_wrap=True)
     for run in runs:
         times.add_row(
             run.name,
@@ -196,7 +195,7 @@ def table(runs: list[DemoRun], result: dict[str, Any]) -> Group:
         )
         if run.mode is not Mode.COLOCATED:
             ratio = run.hit_ratio
-            bytes_.add_row(
+            kv.add_row(
                 run.name,
                 *(f"{ratio[name]:.1%}" for name in ("cpu", "ssd", "missed")),
                 _mebibytes(run.bytes_loaded),
@@ -210,11 +209,11 @@ def table(runs: list[DemoRun], result: dict[str, Any]) -> Group:
         f"TTFT against the cold run: {cold / warm:.1f}x from DRAM, "
         f"{cold / fresh:.1f}x from SSD in a fresh process"
     )
-    return Group(times, bytes_, Text(text, style="green" if same else "bold red"))
+    return Group(times, kv, Text(text, style="green" if same else "bold red"))
 
 
 def _mebibytes(size: float) -> str:
-    return f"{size / (1 << 20):.1f} MiB"
+    return f"{size / (1 << 20):.1f}"
 
 
 def _mean_ms(seconds: Iterable[float]) -> float:

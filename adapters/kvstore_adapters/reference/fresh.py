@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from kvstore import KVStoreError
@@ -51,6 +52,7 @@ def run_in_fresh_process(
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
+                start_new_session=True,  # an interrupt ends us, and the closed socket ends it
             )
         # Between two events no more can happen than a start and one request's deadline.
         ours.settimeout(settings.start_timeout_s + settings.request_timeout_s + 30.0)
@@ -84,26 +86,29 @@ def _follow(connection: socket.socket, on_finish: Callable[[RequestResult], None
 
 
 def main() -> int:
-    with socket.socket(fileno=int(sys.argv[1])) as connection:
+    with socket.socket(fileno=int(sys.argv[1])) as connection, suppress(ConnectionError):
         frames: Frames[Plan] = Frames(Plan)
-        plans: list[Plan] | None = []
-        while not plans:
-            plans = frames.receive(connection)
-            if plans is None:
-                return 0
-        (plan,) = plans
-
-        def send(event: Event) -> None:
-            connection.sendall(frame(event))
-
-        try:
-            with Cluster(plan.settings) as cluster:
-                run = cluster.run(plan.sessions, lambda result: send(Event(finished=result)))
-        except KVStoreError as error:
-            send(Event(error=f"{type(error).__name__}: {error}"))
-            return 1
-        send(Event(run=run))
+        while (plans := frames.receive(connection)) is not None:
+            for plan in plans:
+                connection.sendall(frame(_carry_out(plan, connection)))
     return 0
+
+
+def _carry_out(plan: Plan, connection: socket.socket) -> Event:
+    """Run the plan; sends each request's result, returns the last event.
+
+    Raises:
+        ConnectionError: nobody wants the results any more.
+    """
+
+    def send(result: RequestResult) -> None:
+        connection.sendall(frame(Event(finished=result)))
+
+    try:
+        with Cluster(plan.settings) as cluster:
+            return Event(run=cluster.run(plan.sessions, send))
+    except KVStoreError as error:
+        return Event(error=str(error))
 
 
 if __name__ == "__main__":

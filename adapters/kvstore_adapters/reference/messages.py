@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import socket
 import struct
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
@@ -22,7 +22,7 @@ FRAME_BYTES_MAX = 64 << 20
 _LENGTH = struct.Struct("<I")
 
 
-class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Message(msgspec.Struct, forbid_unknown_fields=True):
     pass
 
 
@@ -113,9 +113,10 @@ class Counters(Message, tag="counters"):
 
 
 class Failed(Message, tag="failed"):
-    """The worker cannot start."""
+    """The worker cannot start. `wrong_setting`: because of what it was told."""
 
     reason: str
+    wrong_setting: bool
 
 
 FromWorker = Ready | Attached | Tokens | Refused | Counters | Failed
@@ -135,8 +136,8 @@ class Frames(Generic[_T]):
         IncompatibleError: what arrived is no such message.
     """
 
-    def __init__(self, kind: object) -> None:
-        self._decoder: msgspec.json.Decoder[_T] = msgspec.json.Decoder(kind)  # type: ignore[arg-type]
+    def __init__(self, kind: Any) -> None:
+        self._decoder: msgspec.json.Decoder[_T] = msgspec.json.Decoder(kind)
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> list[_T]:

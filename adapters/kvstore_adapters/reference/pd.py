@@ -147,7 +147,7 @@ class WorkerProcess:
 
     def __init__(self, role: Role, index: int) -> None:
         self.role = role
-        self.name = f"{role.value} worker {index}"
+        self.name = f"worker {index}" if role is Role.BOTH else f"{role.value} worker {index}"
         self.jobs: dict[str, _Job] = {}
         self.alive = True
         self.heard_s = time.monotonic()
@@ -162,6 +162,7 @@ class WorkerProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=self._stderr,
                 stderr=self._stderr,
+                start_new_session=True,  # an interrupt is for the router, which ends the workers
             )
         self.connection.settimeout(SEND_SECONDS_MAX)
 
@@ -220,6 +221,7 @@ class Cluster:
 
     Raises (on entering):
         WorkerError: a worker did not start in time; with the reason that it gave.
+        ConfigError: the same, because of a wrong setting.
         KVStoreError: the store cannot be opened.
     """
 
@@ -308,7 +310,8 @@ class Cluster:
                     raise WorkerError(f"{worker.name} ended while starting: {worker.last_words()}")
                 for message in messages:
                     if isinstance(message, Failed):
-                        raise WorkerError(f"{worker.name}: {message.reason}")
+                        kind_of_error = ConfigError if message.wrong_setting else WorkerError
+                        raise kind_of_error(f"{worker.name}: {message.reason}")
                     assert isinstance(message, kind), message
                     replies.append(message)
                     waiting.pop(id(worker), None)
@@ -357,7 +360,8 @@ class Cluster:
                 self._handle(worker, message)
         now = time.monotonic()
         for job in [job for job in self._jobs.values() if job.deadline_s <= now]:
-            self._time_out(job)
+            if self._jobs.get(job.prompt.request_id) is job:  # one that timed out may end others
+                self._time_out(job)
 
     def _handle(self, worker: WorkerProcess, message: FromWorker) -> None:
         if isinstance(message, Tokens):
@@ -461,8 +465,11 @@ class Cluster:
         self._finish(job, f"not done within {self.settings.request_timeout_s:g} s")
         if worker is None or not worker.alive:
             return
-        silent = worker.heard_s < job.dispatched_s
-        if silent or not worker.send(Cancel(job.prompt.request_id)):
+        # Nothing was heard since it got the request, half a deadline ago or more: it is hung. One
+        # that got the request late, from a worker that was lost, may just be busy.
+        long_ago = time.monotonic() - self.settings.request_timeout_s / 2
+        hung = max(worker.heard_s, job.dispatched_s) < long_ago
+        if hung or not worker.send(Cancel(job.prompt.request_id)):
             self._lose(worker)
 
     # --- counting
@@ -478,9 +485,9 @@ class Cluster:
                 messages = worker.receive()
                 if messages is None:
                     self._lose(worker)
-                    asked.pop(id(worker), None)
+                    asked.pop(id(worker), False)
                 for message in messages or ():
-                    if isinstance(message, Counters) and asked.pop(id(worker), None):
+                    if isinstance(message, Counters) and asked.pop(id(worker), False):
                         sums[worker.role is Role.DECODE] += message.counters
         return sums[False], sums[True]
 

@@ -4,10 +4,11 @@ A miss, a full store or a lost peer costs time, never a wrong token: what does n
 After an error the store is left alone for RETRY_SECONDS, so that a lost peer costs one deadline and
 not one a request.
 
-Blocks are copied by one `put` after the forward. Layer by layer, on a helper thread beside it, was
-slower wherever forward and copy share the cores: the copy of a block is 1/100 of its computation,
-and the checksum, fused into `put`, becomes a pass of its own. `layerwise=True` is for engines whose
-forward leaves the CPU idle.
+Blocks are copied by one `put` after the forward. `layerwise=True` copies each layer on a helper
+thread beside the forward of the next one instead: on a CPU that gained nothing (2,000 tokens of the
+"tiny" model: 504 ms of CPU time with `put`, 493 ms with layers, 497 ms without saving), as the copy
+is a hundredth of the forward and wants the same cores. It is for engines whose forward leaves the
+CPU idle.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import TypeVar
 
 from torch import Tensor
@@ -154,7 +156,8 @@ class StoreTransfer:
             )
             return _Load(self, transfer, found)
 
-        load = self._guarded(start, _NothingLoaded())
+        nothing: PendingLoad = _NothingLoaded()
+        load = self._guarded(start, nothing)
         self.counters.load_seconds += self._clock() - started
         return load
 
@@ -187,7 +190,8 @@ class StoreTransfer:
 
     def save_layer(self, layer: int) -> None:
         if self._copier is not None and self._reserved:
-            self._copies.append(self._copier.submit(self._copy_layer, layer))
+            # The list goes along: this thread may have begun the next save when the copy runs.
+            self._copies.append(self._copier.submit(self._copy_layer, self._reserved, layer))
 
     def end_save(self) -> None:
         started = self._clock()
@@ -208,18 +212,26 @@ class StoreTransfer:
             wanted = [page for page, want in zip(pages, reservation.wanted, strict=True) if want]
             self._reserved.append((reservation, wanted))
 
-    def _copy_layer(self, layer: int) -> None:
-        for reservation, pages in self._reserved:
+    def _copy_layer(self, reserved: list[tuple[Reservation, list[int]]], layer: int) -> None:
+        for reservation, pages in reserved:
             reservation.write(self._buffers, pages, layers=(layer, layer + 1))
 
     def _commit(self) -> None:
         reserved, self._reserved = self._reserved, []
         copies, self._copies = self._copies, []
-        copied = [self._guarded(copy.result, _FAILED) is not _FAILED for copy in copies]
+        # Wait for all, whatever happened: until then they read the pages.
+        failed = [copy.exception() for copy in copies]
         for reservation, _ in reserved:
-            if all(copied):
+            if not any(failed):
                 self._guarded(lambda r=reservation: self._count_saved(r.commit()), None)  # type: ignore[misc]
-            self._guarded(reservation.abort, None)
+            # Whatever was not committed would stay reserved as long as this client lives.
+            with suppress(*LOST):
+                reservation.abort()
+        for error in failed:
+            if isinstance(error, LOST):
+                self._leave_alone()
+            elif error is not None:
+                raise error
 
     def _count_saved(self, transfer: Transfer) -> None:
         stored = transfer.wait().num_stored
@@ -252,6 +264,3 @@ class StoreTransfer:
         """End the helper thread."""
         if self._copier is not None:
             self._copier.shutdown(wait=True)
-
-
-_FAILED: object = object()

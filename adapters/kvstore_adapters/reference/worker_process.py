@@ -177,7 +177,7 @@ def main() -> int:
         try:
             worker, transfer = start(link)
         except KVStoreError as error:
-            link.send(Failed(f"{type(error).__name__}: {error}"))
+            link.send(Failed(str(error), isinstance(error, ConfigError)))
             return 1
         serve(link, worker, transfer)
     except RouterGoneError:
