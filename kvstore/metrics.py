@@ -23,7 +23,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("kvstore_hit_cpu_blocks_total", "counter", "of those, found ready in the cpu tier"),
     Metric("kvstore_hit_ssd_blocks_total", "counter", "of those, read in from the ssd tier"),
     Metric("kvstore_missed_blocks_total", "counter", "of those, not had from any tier in time"),
-    Metric("kvstore_loaded_bytes_total", "counter", "bytes copied to engines by load"),
+    Metric(
+        "kvstore_loaded_bytes_total", "counter", "bytes of the blocks granted to load and acquire"
+    ),
     Metric("kvstore_stored_bytes_total", "counter", "bytes copied from engines by put"),
     Metric("kvstore_evicted_cpu_blocks_total", "counter", "blocks that left the cpu tier"),
     Metric("kvstore_refused_no_space_blocks_total", "counter", "puts refused: all slots held"),
@@ -51,36 +53,40 @@ METRICS: tuple[Metric, ...] = (
     Metric("kvstore_codec_error_abs_max", "gauge", "largest sampled error of a lossy codec"),
     Metric("kvstore_write_behind_bytes", "gauge", "bytes waiting for the ssd"),
 )
-_NAMES = frozenset(metric.name for metric in METRICS)
+
+
+_PREFIX, _SUFFIX = "kvstore_", "_total"
 
 
 class Counters:
-    """Counters by name. Thread-safe."""
+    """Counters by name, without `kvstore_` and `_total`. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._values = {metric.name: 0 for metric in METRICS if metric.kind == "counter"}
+        self._values = {
+            metric.name.removeprefix(_PREFIX).removesuffix(_SUFFIX): 0
+            for metric in METRICS
+            if metric.kind == "counter"
+        }
 
     def add(self, name: str, value: int = 1) -> None:
-        """Add to `kvstore_<name>_total`."""
-        key = f"kvstore_{name}_total"
-        assert key in _NAMES, key
+        """Add to `kvstore_<name>_total`. Raises KeyError for a name that is not declared."""
         with self._lock:
-            self._values[key] += value
+            self._values[name] += value
 
     def add_load(self, queried: int, hit_cpu: int, hit_ssd: int, num_bytes: int) -> None:
         """Count one load or acquire, in blocks; under one lock, as the smallest loads take 10 us."""
         with self._lock:
             values = self._values
-            values["kvstore_queried_blocks_total"] += queried
-            values["kvstore_hit_cpu_blocks_total"] += hit_cpu
-            values["kvstore_hit_ssd_blocks_total"] += hit_ssd
-            values["kvstore_missed_blocks_total"] += queried - hit_cpu - hit_ssd
-            values["kvstore_loaded_bytes_total"] += num_bytes
+            values["queried_blocks"] += queried
+            values["hit_cpu_blocks"] += hit_cpu
+            values["hit_ssd_blocks"] += hit_ssd
+            values["missed_blocks"] += queried - hit_cpu - hit_ssd
+            values["loaded_bytes"] += num_bytes
 
     def snapshot(self) -> dict[str, int]:
         with self._lock:
-            return dict(self._values)
+            return {f"{_PREFIX}{name}{_SUFFIX}": value for name, value in self._values.items()}
 
 
 def metrics_page() -> str:

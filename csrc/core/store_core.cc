@@ -39,7 +39,7 @@ bool StoreCore::AddNamespace(std::size_t block_bytes, NamespaceId *ns) {
         state.owner_of.assign(num_slots, kNoEntry);
         classes_.push_back(std::move(state));
     }
-    namespaces_.push_back({block_bytes, size_class});
+    namespaces_.push_back({block_bytes, size_class, 0, {}});
     *ns = static_cast<NamespaceId>(namespaces_.size() - 1);
     return true;
 }
@@ -75,7 +75,7 @@ void StoreCore::ReleaseOwner(OwnerId owner) {
             if (reservation.owner == owner) unfinished.push_back(id);
         }
     }
-    for (const std::uint64_t id : unfinished) Abort(id);
+    for (const std::uint64_t id : unfinished) Abort(owner, id);
 }
 
 // --- looking
@@ -341,11 +341,11 @@ void StoreCore::AdoptLineage(EntryId id, EntryId parent, std::uint32_t depth) {
     entry.rooted = entry.available();
 }
 
-bool StoreCore::Commit(std::uint64_t reservation, const std::uint64_t *checksums, const bool *ok,
-                       std::size_t n) {
+bool StoreCore::Commit(OwnerId owner, std::uint64_t reservation, const std::uint64_t *checksums,
+                       const bool *ok, std::size_t n) {
     WriteLock lock(mutex_);
     const auto it = reservations_.find(reservation);
-    if (it == reservations_.end()) return false;
+    if (it == reservations_.end() || it->second.owner != owner) return false;
     const std::vector<EntryId> blocks = std::move(it->second.blocks);
     reservations_.erase(it);
     KV_CHECK(n == blocks.size());  // the caller asked ReservationSize
@@ -364,20 +364,21 @@ bool StoreCore::Commit(std::uint64_t reservation, const std::uint64_t *checksums
     return true;
 }
 
-void StoreCore::Abort(std::uint64_t reservation) {
+void StoreCore::Abort(OwnerId owner, std::uint64_t reservation) {
     WriteLock lock(mutex_);
     const auto it = reservations_.find(reservation);
-    if (it == reservations_.end()) return;
+    if (it == reservations_.end() || it->second.owner != owner) return;
     const std::vector<EntryId> blocks = std::move(it->second.blocks);
     reservations_.erase(it);
     for (std::size_t i = blocks.size(); i-- > 0;) FinishWrite(blocks[i], 0, false);
     if (waiters_ > 0) became_ready_.notify_all();
 }
 
-std::size_t StoreCore::ReservationSize(std::uint64_t reservation) const {
+std::size_t StoreCore::ReservationSize(OwnerId owner, std::uint64_t reservation) const {
     ReadLock lock(mutex_);
     const auto it = reservations_.find(reservation);
-    return it == reservations_.end() ? 0 : it->second.blocks.size();
+    const bool ours = it != reservations_.end() && it->second.owner == owner;
+    return ours ? it->second.blocks.size() : 0;
 }
 
 void StoreCore::FinishWrite(EntryId id, std::uint64_t checksum, bool ok) {
@@ -452,10 +453,10 @@ std::size_t StoreCore::Acquire(OwnerId owner, NamespaceId ns, const BlockHash *h
     return held;
 }
 
-bool StoreCore::Release(LeaseId lease) {
+bool StoreCore::Release(OwnerId owner, LeaseId lease) {
     WriteLock lock(mutex_);
     const auto it = leases_.find(lease);
-    if (it == leases_.end()) return false;
+    if (it == leases_.end() || it->second.owner != owner) return false;
     EndLease(it->second);
     leases_.erase(it);
     return true;
@@ -760,28 +761,33 @@ void StoreCore::EnableEvents(std::size_t capacity) {
 
 void StoreCore::Emit(EventKind kind, TierKind tier, const Entry &entry) {
     if (muted_) return;
-    ++event_sequence_;
+    NamespaceInfo &space = namespaces_[entry.namespace_id];
+    ++space.event_sequence;
     if (events_capacity_ == 0) return;
-    if (events_.size() == events_capacity_) {
-        events_.pop_front();
-        ++stats_.events_dropped;
-    }
+    if (space.events.size() == events_capacity_) space.events.pop_front();
     Event event;
-    event.sequence = event_sequence_;
+    event.sequence = space.event_sequence;
     event.kind = kind;
     event.tier = tier;
     event.namespace_id = entry.namespace_id;
     event.hash = entry.hash;
     event.parent = ParentHash(entry);
     event.depth = entry.depth;
-    events_.push_back(event);
+    space.events.push_back(event);
 }
 
-std::vector<Event> StoreCore::TakeEvents() {
-    WriteLock lock(mutex_);
-    std::vector<Event> taken(events_.begin(), events_.end());
-    events_.clear();
-    return taken;
+std::uint64_t StoreCore::EventSequence(NamespaceId ns) const {
+    ReadLock lock(mutex_);
+    return namespaces_[ns].event_sequence;
+}
+
+std::vector<Event> StoreCore::EventsAfter(NamespaceId ns, std::uint64_t after) const {
+    ReadLock lock(mutex_);
+    const std::deque<Event> &events = namespaces_[ns].events;
+    if (events.empty() || after >= events.back().sequence) return {};
+    const std::uint64_t seen =
+        after + 1 > events.front().sequence ? after + 1 - events.front().sequence : 0;
+    return {events.begin() + static_cast<std::ptrdiff_t>(seen), events.end()};
 }
 
 CoreStats StoreCore::Stats() const {

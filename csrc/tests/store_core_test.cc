@@ -146,7 +146,7 @@ private:
                 CheckBytes(core_.arena().base() + grants[i].payload_offset, hashes_[i]);
             }
         }
-        if (held > 0 && dice_() % 8 != 0) core_.Release(lease);  // else ReleaseOwner does
+        if (held > 0 && dice_() % 8 != 0) core_.Release(owner_, lease);  // else ReleaseOwner does
         if (leftover_++ % 64 == 63) {
             core_.ReleaseOwner(owner_);
             owner_ = core_.NewOwner();
@@ -168,16 +168,16 @@ private:
             ok[checksums.size()] = dice_() % 4 != 0;
             checksums.push_back(Xxh3(slot, kBlockBytes));
         }
-        KV_CHECK(core_.ReservationSize(id) == checksums.size());
+        KV_CHECK(core_.ReservationSize(owner_, id) == checksums.size());
         switch (dice_() % 3) {
             case 0:
-                core_.Abort(id);
+                core_.Abort(owner_, id);
                 break;
             case 1:
-                KV_CHECK(core_.Commit(id, checksums.data(), ok, checksums.size()));
+                KV_CHECK(core_.Commit(owner_, id, checksums.data(), ok, checksums.size()));
                 break;
             default:
-                KV_CHECK(core_.Commit(id, checksums.data(), nullptr, checksums.size()));
+                KV_CHECK(core_.Commit(owner_, id, checksums.data(), nullptr, checksums.size()));
         }
     }
 
@@ -186,7 +186,7 @@ private:
         KV_CHECK(core_.Match(ns_, hashes_, kChainBlocks, 0) <= kChainBlocks);
         core_.Residency(ns_, hashes_, kChainBlocks, residency);
         core_.WaitFor(ns_, hashes_, kChainBlocks, 0, 1, SteadyNowNs());
-        core_.TakeEvents();
+        core_.EventsAfter(ns_, core_.EventSequence(ns_) / 2);
         core_.Stats();
         core_.ExpireLeases();
     }

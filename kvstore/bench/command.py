@@ -96,7 +96,9 @@ def bench(
         bool, typer.Option("--quick", help="Small sizes and few rounds: only an indication.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+    as_markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print a Markdown table.")
+    ] = False,
 ) -> None:
     """Measure this machine: what the store does, beside memcpy, the disk and plain Python."""
     names = [name for text in only or () for name in text.split(",") if name]

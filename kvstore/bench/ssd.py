@@ -165,7 +165,9 @@ def disk_figures(
         seconds, limit_seconds = (
             1 / np.array([rates[i] for rates in taken]) for taken in (mine, theirs)
         )
-        figures.append(Figure(f"disk_{name}", 1e-9 / median(limit_seconds), "GB/s", None, limit_name))
+        figures.append(
+            Figure(f"disk_{name}", 1e-9 / median(limit_seconds), "GB/s", None, limit_name)
+        )
         ratio = speedup(seconds, limit_seconds)
         figures.append(
             Figure(f"ssd_{name}_1MiB", 1e-9 / median(seconds), "GB/s", ratio, limit_name)
@@ -174,9 +176,7 @@ def disk_figures(
 
 
 def limits(scale: Scale, directory: Path) -> list[Figure]:
-    return disk_figures(
-        directory, mebibytes=scale.pick(1024, CALL_BLOCKS), rounds=scale.pick(5, 2)
-    )
+    return disk_figures(directory, mebibytes=scale.pick(1024, CALL_BLOCKS), rounds=scale.pick(5, 2))
 
 
 def _write_small_blocks(path: Path, count: int) -> None:

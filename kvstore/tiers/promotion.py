@@ -58,7 +58,7 @@ class Promoter:
                 leases.append(lease)
         finally:
             for lease in leases:
-                self._core.release(lease)
+                self._core.release(self._owner, lease)
         return TransferResult(ready, num_missed=len(hashes) - ready)
 
     def _read_batch(self, number: int, part: BlockHashes) -> int:
@@ -75,7 +75,7 @@ class Promoter:
                 if self._ssd is not None:
                     self._fetch(number, part.array[wanted], addresses, ok, sums)
             finally:
-                self._core.commit(reservation, sums, ok)
+                self._core.commit(self._owner, reservation, sums, ok)
             good[wanted] = ok
         bad = np.flatnonzero(~good)
         return int(bad[0]) if len(bad) else len(good)

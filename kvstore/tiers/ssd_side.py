@@ -135,7 +135,7 @@ class SsdSide:
         finally:
             for job in jobs:
                 if job.lease:
-                    self._core.release(job.lease)
+                    self._core.release(job.owner, job.lease)
             self._forget_garbage()
         for job in jobs:
             if job.future is not None:
@@ -166,7 +166,7 @@ class SsdSide:
             try:
                 self._write_leased(number, part[:held], offsets + self._base, checksums, durable)
             finally:
-                self._core.release(lease)
+                self._core.release(self._owner, lease)
             # Where one has left the cpu tier meanwhile, go on behind it.
             hashes = hashes[held if held == len(part) else held + 1 :]
 

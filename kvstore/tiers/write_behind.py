@@ -36,6 +36,7 @@ class Job:
     hashes: npt.NDArray[np.uint8]
     num_bytes: int
     ack: Ack = "memory"
+    owner: int = 0  # of the lease
     lease: int = 0
     future: Future[Ack] | None = field(default=None)
 

@@ -6,15 +6,18 @@ cannot pass is not a store: add it to STORES.
 """
 
 import asyncio
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
 
+import kvstore
 from kvstore import (
     AllBlocksCleared,
     BlockHashes,
@@ -29,6 +32,7 @@ from kvstore import (
 )
 from tests.store_support import (
     BLOCK_BYTES,
+    NAMESPACE,
     SLOTS,
     WAIT_S,
     assert_exact,
@@ -43,7 +47,7 @@ from tests.store_support import (
 )
 
 Open: TypeAlias = Callable[..., Store]
-STORES = ["cpu", "ssd"]
+STORES = ["cpu", "ssd", "connect", "connect+ssd"]
 
 
 @pytest.fixture(params=STORES)
@@ -53,17 +57,22 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def opened(kind: str, tmp_path: Path) -> Iterator[Open]:
-    """Opens stores of the kind under test; those still open at the end are closed."""
-    stores: list[Store] = []
+    """Opens stores of the kind under test; what is still open at the end is closed."""
+    with ExitStack() as ends:
+        # pytest's own directories have names too long for a socket.
+        sockets = Path(ends.enter_context(tempfile.TemporaryDirectory(prefix="kv-")))
 
-    def make(**settings: Any) -> Store:
-        path = tmp_path / "ssd" if kind == "ssd" else None
-        stores.append(open_store(path, **settings))
-        return stores[-1]
+        def make(**settings: Any) -> Store:
+            store = open_store(tmp_path / "ssd" if "ssd" in kind else None, **settings)
+            ends.callback(store.close)
+            if "connect" not in kind:
+                return store
+            server = ends.enter_context(kvstore.share(store, f"unix:{sockets}/s"))
+            client = kvstore.connect(server.address, NAMESPACE)
+            ends.callback(client.close)
+            return client
 
-    yield make
-    for store in stores:
-        store.close()
+        yield make
 
 
 @pytest.fixture
@@ -315,6 +324,7 @@ def test_two_leases_on_a_block_are_counted(store: Store) -> None:
     assert put(store, chain(2, 1)).num_no_space == 1
     second.release()
     assert put(store, chain(2, 1)).num_stored == 1
+    assert store.flush(WAIT_S)
     assert store.stats()["kvstore_leases"] == 0
 
 
@@ -599,7 +609,7 @@ def test_giving_up_an_await_leaves_the_transfer_running(store: Store) -> None:
 @pytest.mark.parametrize("ack", ["memory", "ssd", "durable"])
 def test_the_level_that_was_reached_is_named(store: Store, kind: str, ack: str) -> None:
     hashes = chain(1, 6)
-    expected = ack if kind == "ssd" else "memory"
+    expected = ack if "ssd" in kind else "memory"
     result = put(store, hashes, ack=ack)
     assert (result.num_stored, result.num_blocks, result.ack) == (6, 6, expected)
     assert put(store, hashes, ack=ack).ack == expected
@@ -619,7 +629,7 @@ def test_flush_and_prefetch_bring_blocks_down_and_up(store: Store, kind: str) ->
     put(store, second)
     assert store.flush(WAIT_S)
     result = store.prefetch(first).wait(WAIT_S)
-    if kind == "ssd":
+    if "ssd" in kind:
         assert result.num_blocks == 12
         assert store.lookup(first) == Hit(12, 12, 0)
         assert load(store, second) == 12  # from where it lies
@@ -828,6 +838,43 @@ def test_closing_under_load_is_a_result_or_a_closed_error(opened: Open) -> None:
         store.close()
         for result in works:
             result.result(WAIT_S)
+
+
+def test_close_waits_for_a_put_on_another_thread(opened: Open) -> None:
+    store = opened()
+    inside, gate = threading.Event(), threading.Event()
+    source = buffers_of(chain(1, 3))
+
+    class Slow(ContiguousBlocks):
+        def __init__(self) -> None:
+            self.__dict__.update(source.__dict__)
+
+        def require_block_bytes(self, block_bytes: int) -> None:
+            pass  # looks at the plan as well
+
+        def __getattribute__(self, name: str) -> Any:
+            if name == "plan" and threading.current_thread() is not threading.main_thread():
+                inside.set()
+                assert gate.wait(WAIT_S)
+            return super().__getattribute__(name)
+
+    ended: list[str] = []
+    control = store.control
+    close = control.close
+    control.close = lambda: (ended.append("slots given back"), close())  # type: ignore
+    with ThreadPoolExecutor(2) as threads:
+        slow = Slow()
+        putting = threads.submit(lambda: store.put(chain(1, 3), slow).wait(WAIT_S))
+        putting.add_done_callback(lambda _: ended.append("put"))
+        assert inside.wait(WAIT_S)
+        closing = threads.submit(store.close)
+        while not store._writers._closed:
+            pass
+        assert not ended
+        gate.set()
+        assert putting.result(WAIT_S).num_stored == 3
+        closing.result(WAIT_S)
+    assert sorted(ended) == ["put", "slots given back"]
 
 
 def test_threads_that_share_a_store_see_only_exact_bytes(store: Store) -> None:

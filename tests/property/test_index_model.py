@@ -1,7 +1,7 @@
 """The bare index against a set of paths: a chain is a path from the root of a tree.
 
-After each step every chain, whole and from its middle, with and without lineage, matches exactly the
-leading run of blocks that the set holds.
+After each step every chain, whole and from its middle, with and without lineage, matches exactly
+the leading run of blocks that the set holds.
 """
 
 import hashlib
@@ -68,7 +68,7 @@ class IndexModel(RuleBasedStateMachine):
                 hashes = hashes_of(chain)
                 held = [(namespace, prefix) in self.held for prefix in chain]
                 for start in (0, len(path) // 2):
-                    run = (held[start:] + [False]).index(False)
+                    run = [*held[start:], False].index(False)
                     assert self.index.match(namespace, hashes[start:], start) == run
                     assert self.index.match(namespace, hashes[start:], -1) == run
                 assert self.index.count(namespace, hashes) == sum(held)

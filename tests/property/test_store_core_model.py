@@ -87,7 +87,9 @@ class CoreModel(RuleBasedStateMachine):
         self.page = 0
         self.restore(restored)
         self.core.enable_events(1 << 12)
-        self.sequence: int | None = None
+        self.sequence = [
+            self.core.event_sequence(ns) for ns in (0, 1)
+        ]  # of the last event seen, by namespace
         self.told: list[set[Key]] = [set(), self.resident(2)]  # cpu, ssd, by the events
 
     def restore(self, keys: list[Key]) -> None:
@@ -195,23 +197,25 @@ class CoreModel(RuleBasedStateMachine):
                     linked = [c for c in children if c in in_slots and not self.was_unlinked(ns, c)]
                     assert linked, f"{(ns, path)} could have left"
 
-    @precondition(lambda self: getattr(self, "reservations", None))
+    @precondition(lambda self: bool(getattr(self, "reservations", None)))
     @rule(pick=PICK, flags=st.lists(st.booleans(), min_size=DEPTH, max_size=DEPTH))
     def commit(self, pick: int, flags: list[bool]) -> None:
         reservation = sorted(self.reservations)[pick % len(self.reservations)]
-        _, blocks = self.reservations.pop(reservation)
+        owner, blocks = self.reservations.pop(reservation)
         sums = np.array([checksum_of(*key) for key, _ in blocks], np.uint64)
         ok = np.array(flags[: len(blocks)]) if pick % 3 == 0 else None
-        assert self.core.commit(reservation, sums, ok)
-        assert not self.core.commit(reservation, sums, ok)
+        other = self.owners[owner == self.owners[0]]
+        assert not self.core.commit(other, reservation, sums, ok)
+        assert self.core.commit(owner, reservation, sums, ok)
+        assert not self.core.commit(owner, reservation, sums, ok)
 
-    @precondition(lambda self: getattr(self, "reservations", None))
+    @precondition(lambda self: bool(getattr(self, "reservations", None)))
     @rule(pick=PICK)
     def abort(self, pick: int) -> None:
         reservation = sorted(self.reservations)[pick % len(self.reservations)]
-        del self.reservations[reservation]
-        self.core.abort(reservation)
-        self.core.abort(reservation)
+        owner, _ = self.reservations.pop(reservation)
+        self.core.abort(owner, reservation)
+        self.core.abort(owner, reservation)
 
     @rule(namespace=NAMESPACES, path=PATHS)
     def put_and_load(self, namespace: int, path: Path) -> None:
@@ -221,7 +225,7 @@ class CoreModel(RuleBasedStateMachine):
         for row, block in zip(source, chain, strict=True):
             row[:33] = row[-33:] = mark_of(namespace, block)
         ids = np.arange(len(chain))
-        counts = self.core.put(
+        _, *counts = self.core.put(
             self.owners[0], namespace, hashes, 0, None, ContiguousBlocks(source).plan, ids, 1
         )
         assert sum(counts) == len(chain)
@@ -258,15 +262,16 @@ class CoreModel(RuleBasedStateMachine):
             self.owners[0], namespace, hashes_of(prefixes(path)), 0.0, True
         )
         assert self.core.expire_leases() == (1 if lease else 0)
-        assert not self.core.release(lease)
+        assert not self.core.release(self.owners[0], lease)
 
-    @precondition(lambda self: getattr(self, "leases", None))
+    @precondition(lambda self: bool(getattr(self, "leases", None)))
     @rule(pick=PICK)
     def release(self, pick: int) -> None:
         lease = sorted(self.leases)[pick % len(self.leases)]
-        del self.leases[lease]
-        assert self.core.release(lease)
-        assert not self.core.release(lease)
+        owner, _ = self.leases.pop(lease)
+        assert not self.core.release(self.owners[owner == self.owners[0]], lease)
+        assert self.core.release(owner, lease)
+        assert not self.core.release(owner, lease)
 
     @rule(which=st.integers(0, 1))
     def release_owner(self, which: int) -> None:
@@ -413,8 +418,8 @@ class CoreModel(RuleBasedStateMachine):
                 assert self.is_marked(key, offset)
                 assert words[header // 8] == sequence
                 assert seen.setdefault(offset, key) == key
-        for _, blocks in self.reservations.values():
-            for key, offset in blocks:
+        for _, reserved in self.reservations.values():
+            for key, offset in reserved:
                 assert self.is_marked(key, offset)
                 assert offset not in seen
                 seen[offset] = key
@@ -427,14 +432,15 @@ class CoreModel(RuleBasedStateMachine):
                     )
                     assert self.is_marked((ns, path), int(offsets[0]))
                     assert seen.setdefault(int(offsets[0]), (ns, path)) == (ns, path)
-                    self.core.release(lease)
+                    self.core.release(owner, lease)
 
     @precondition(lambda self: hasattr(self, "core"))
     @invariant()
     def events_tell_what_is_resident(self) -> None:
-        for row in np.frombuffer(self.core.take_events(), _EVENT):
-            assert self.sequence is None or row["sequence"] == self.sequence + 1
-            self.sequence = int(row["sequence"])
+        packed = b"".join(self.core.events_after(ns, self.sequence[ns]) for ns in (0, 1))
+        for row in np.frombuffer(packed, _EVENT):
+            self.sequence[row["namespace"]] += 1
+            assert row["sequence"] == self.sequence[row["namespace"]]
             if row["kind"] == 2:
                 self.told = [{k for k in tier if k[0] != row["namespace"]} for tier in self.told]
                 continue

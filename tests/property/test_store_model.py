@@ -1,7 +1,7 @@
 """The whole store against a dict, with an ssd of a few segments, reopening and damage.
 
-The model holds what was put. A miss is always allowed; other bytes than were put never are. Bits are
-flipped in ssd files while the store is closed, and in the arena when every read is checked.
+The model holds what was put. A miss is always allowed; other bytes than were put never are. Bits
+are flipped in ssd files while the store is closed, and in the arena when every read is checked.
 """
 
 import random
@@ -109,7 +109,7 @@ class StoreModel(RuleBasedStateMachine):
         hashes = self._chain(which, first, last)
         self.leases.append((self.store.acquire(hashes), hashes))
 
-    @precondition(lambda self: getattr(self, "leases", None))
+    @precondition(lambda self: bool(getattr(self, "leases", None)))
     @rule()
     def release(self) -> None:
         lease, _ = self.leases.pop(0)
@@ -181,7 +181,7 @@ class StoreModel(RuleBasedStateMachine):
                     begin = lease.block(0).ctypes.data - arena.ctypes.data
                     arena[begin + dice.randrange(SIZE)] ^= 1 << dice.randrange(8)
 
-    @precondition(lambda self: getattr(self, "leases", None))
+    @precondition(lambda self: bool(getattr(self, "leases", None)))
     @invariant()
     def leased_bytes_stay(self) -> None:
         for lease, hashes in self.leases:
@@ -208,7 +208,7 @@ class StoreModel(RuleBasedStateMachine):
         assert self.store.flush(WAIT_S)
         stats = self.store.stats()
         assert stats["kvstore_leases"] == 0
-        assert stats["kvstore_cpu_used_bytes"] == stats["kvstore_ssd_blocks"] == 0
+        assert stats["kvstore_cpu_used_bytes"] == 0  # the other namespace lies on ssd only
         self.store.close()
         shutil.rmtree(self.directory)
 

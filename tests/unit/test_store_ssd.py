@@ -161,8 +161,8 @@ def test_a_copy_of_other_bytes_becomes_garbage() -> None:
     core = kvstore._native.StoreCore(1 << 20, 1 << 20, False, "lru")
     ns, owner = core.add_namespace(4096), core.new_owner()
     hashes = chain(1, 1)
-    plan = ContiguousBlocks(np.zeros((1, 4096), np.uint8)).plan
-    core.put(owner, ns, hashes.array, 0, None, plan, np.zeros(1, np.int64), 1)
+    buffers = ContiguousBlocks(np.zeros((1, 4096), np.uint8))  # a plan alone keeps no memory alive
+    core.put(owner, ns, hashes.array, 0, None, buffers.plan, np.zeros(1, np.int64), 1)
     rows = records_from(core.describe(ns, hashes.array))
     rows["segment"], rows["checksum"] = 1, rows["checksum"] + np.uint64(1)
     core.set_ssd(rows)
