@@ -7,6 +7,7 @@ end by it.
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -204,4 +205,5 @@ def test_the_router_needs_no_torch() -> None:
         "import sys, kvstore_adapters.reference.pd, kvstore_adapters.reference.demo\n"
         "assert 'torch' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    path = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code], env=os.environ | path, check=True, timeout=60)

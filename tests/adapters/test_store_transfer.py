@@ -125,6 +125,35 @@ def test_layers_and_whole_blocks_store_the_same_bytes(
     assert np.any(held[0])
 
 
+class LateExecutor:
+    """Runs nothing until somebody waits for it: the slowest helper thread there can be."""
+
+    def submit(self, work: Callable[..., None], *arguments: Any) -> Any:
+        class Late:
+            def exception(self) -> BaseException | None:
+                work(*arguments)
+                return None
+
+        return Late()
+
+    def shutdown(self, wait: bool) -> None:
+        pass
+
+
+def test_layers_that_are_copied_late_are_in_the_block_that_is_committed(
+    model: checkpoint.Checkpoint,
+    open_store: Callable[..., kvstore.Store],
+    expected: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = open_store()
+    transfer = StoreTransfer(store, layerwise=True)
+    transfer.close()
+    monkeypatch.setattr(transfer, "_copier", LateExecutor())
+    assert generate(model, transfer, PROMPTS) == expected
+    assert transfer.counters.hit_cpu_blocks > 0
+
+
 def test_eviction_costs_hits_and_no_tokens(
     model: checkpoint.Checkpoint,
     open_store: Callable[..., kvstore.Store],

@@ -1,4 +1,4 @@
-"""Run a cluster in a new process: `python -m kvstore_adapters.reference.fresh FD`.
+"""Run a cluster in a new process; `main` is what that process runs.
 
 The process opens the store itself, so nothing of an earlier one's memory is left: what it serves
 warm comes from the ssd directory.
@@ -16,7 +16,15 @@ from dataclasses import dataclass
 from kvstore import KVStoreError
 
 from .messages import Frames, frame
-from .pd import Cluster, ClusterSettings, Prompt, RequestResult, RunResult, WorkerError
+from .pd import (
+    Cluster,
+    ClusterSettings,
+    Prompt,
+    RequestResult,
+    RunResult,
+    WorkerError,
+    child_command,
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,7 @@ def run_in_fresh_process(
     with ours:
         with theirs:
             process = subprocess.Popen(
-                [sys.executable, "-m", f"{__package__}.fresh", str(theirs.fileno())],
+                child_command("fresh", theirs.fileno()),
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -85,13 +93,12 @@ def _follow(connection: socket.socket, on_finish: Callable[[RequestResult], None
                 return event.run
 
 
-def main() -> int:
+def main() -> None:
     with socket.socket(fileno=int(sys.argv[1])) as connection, suppress(ConnectionError):
         frames: Frames[Plan] = Frames(Plan)
         while (plans := frames.receive(connection)) is not None:
             for plan in plans:
                 connection.sendall(frame(_carry_out(plan, connection)))
-    return 0
 
 
 def _carry_out(plan: Plan, connection: socket.socket) -> Event:
@@ -109,7 +116,3 @@ def _carry_out(plan: Plan, connection: socket.socket) -> Event:
             return Event(run=cluster.run(plan.sessions, send))
     except KVStoreError as error:
         return Event(error=str(error))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -142,6 +142,18 @@ class RunResult:
     store: dict[str, float]  # change of the store's counters; empty without one
 
 
+def child_command(module: str, fd: int) -> list[str]:
+    """What runs `main` of a module beside this one in a new process, with `fd` as its argument.
+
+    It looks for modules where this process does, so both run the same code however this one found
+    it.
+    """
+    code = (
+        f"import sys; sys.path[:] = {sys.path!r}; from {__package__}.{module} import main; main()"
+    )
+    return [sys.executable, "-c", code, str(fd)]
+
+
 class WorkerProcess:
     """One worker as the router sees it."""
 
@@ -157,7 +169,7 @@ class WorkerProcess:
         self.connection, theirs = socket.socketpair()
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", f"{__package__}.worker_process", str(theirs.fileno())],
+                child_command("worker_process", theirs.fileno()),
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=self._stderr,

@@ -1,4 +1,4 @@
-"""A worker of its own process: `python -m kvstore_adapters.reference.worker_process FD`.
+"""A worker of its own process; `main` is what that process runs.
 
 Started by `pd.Cluster`, which holds the other end of the socket FD. The process ends when that end
 is closed, however the router died. One thread computes; a lost store is a slower worker, not a dead
@@ -169,7 +169,7 @@ def new_token(output: Output) -> NewToken:
     )
 
 
-def main() -> int:
+def main() -> None:
     torch.set_num_threads(1)  # workers share the cores among themselves
     connection = socket.socket(fileno=int(sys.argv[1]))
     link = Link(connection)
@@ -178,14 +178,9 @@ def main() -> int:
             worker, transfer = start(link)
         except KVStoreError as error:
             link.send(Failed(str(error), isinstance(error, ConfigError)))
-            return 1
+            return
         serve(link, worker, transfer)
     except RouterGoneError:
-        return 0
+        pass
     finally:
         connection.close()
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
