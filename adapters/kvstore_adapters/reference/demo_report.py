@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
-import platform
-import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib import metadata
-from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
+
+from kvstore.bench.report import commit, machine
 
 from .counters import TransferCounters
 from .pd import Mode, RequestResult, RunResult
@@ -226,37 +223,3 @@ def _number(value: float | None) -> float | None:
     if value is None or not math.isfinite(value):
         return None
     return value if isinstance(value, int) else float(f"{value:.6g}")
-
-
-def commit() -> str:
-    """The checkout's commit, or the installed version where this file is in none."""
-    here = Path(__file__)
-    try:
-        for arguments in (["ls-files", "--error-unmatch", here.name], ["rev-parse", "HEAD"]):
-            answer = subprocess.run(
-                ["git", "-C", str(here.parent), *arguments],
-                capture_output=True,
-                text=True,
-                check=True,
-                timeout=10,
-            )
-        return answer.stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        try:
-            return f"kvstore-llm {metadata.version('kvstore-llm')}"
-        except metadata.PackageNotFoundError:
-            return "unknown"
-
-
-def machine() -> str:
-    name = platform.processor() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
-    except OSError:
-        pass
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 30)
-    cores = len(os.sched_getaffinity(0))
-    return f"{name}, {cores} cores, {memory:.0f} GiB, {platform.system()} {platform.release()}"
