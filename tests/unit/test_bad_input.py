@@ -206,15 +206,15 @@ def test_the_core_checks_its_arguments() -> None:
         core.reserve(owner, ns, array, 3, b"short", False)
     reservation, _, _ = core.reserve(owner, ns, array, 0, None, False)
     with pytest.raises(ValueError, match="checksums"):
-        core.commit(reservation, np.zeros(3, np.uint64), None)
+        core.commit(owner, reservation, np.zeros(3, np.uint64), None)
     with pytest.raises(ValueError, match="ok"):
-        core.commit(reservation, np.zeros(4, np.uint64), np.ones(5, bool))
-    assert core.commit(reservation, np.zeros(4, np.uint64), np.ones(4, bool))
+        core.commit(owner, reservation, np.zeros(4, np.uint64), np.ones(5, bool))
+    assert core.commit(owner, reservation, np.zeros(4, np.uint64), np.ones(4, bool))
     with pytest.raises(ValueError, match="records"):
         core.set_ssd(np.zeros(3, np.uint8))
-    assert not core.release(12345)
-    core.abort(12345)
-    assert not core.commit(12345, None, None)
+    assert not core.release(owner, 12345)
+    core.abort(owner, 12345)
+    assert not core.commit(owner, 12345, None, None)
     with pytest.raises(ValueError, match="chunk_bytes"):
         kvstore._native.StoreCore(1 << 20, 5000, False, "lru")
     with pytest.raises(ValueError, match="eviction policy: random"):
