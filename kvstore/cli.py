@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 from kvstore.errors import ConfigError, KVStoreError
 
 ENTRY_POINTS = "kvstore.commands"
-BUILT_IN: dict[str, str] = {}  # name -> "module:function"
+BUILT_IN = {"bench": "kvstore.bench.command:bench"}  # name -> "module:function"
 
 
 class _Commands(TyperGroup):

@@ -75,7 +75,7 @@ class Counters:
             self._values[name] += value
 
     def add_load(self, queried: int, hit_cpu: int, hit_ssd: int, num_bytes: int) -> None:
-        """Count one load or acquire, in blocks; under one lock, as the smallest loads take 10 us."""
+        """Count one load or acquire, in blocks; under one lock: the smallest takes 10 us."""
         with self._lock:
             values = self._values
             values["queried_blocks"] += queried

@@ -155,7 +155,8 @@ def disk_figures(
     kind = _native.IoQueue(kind, 1).kind
     limit: Callable[[Path, str, int], Rates] = fio if shutil.which("fio") else bare_queue
     limit_name = f"{'fio' if limit is fio else 'bare IoQueue'}, {kind}, depth {DEPTH}"
-    mine, theirs = [], []
+    mine: list[Rates] = []
+    theirs: list[Rates] = []
     with tempfile.TemporaryDirectory(prefix="kvstore-bench-", dir=directory) as scratch:
         for number in range(rounds):
             for measure, rates in ((limit, theirs), (ours, mine))[:: 1 if number % 2 else -1]:
