@@ -46,6 +46,8 @@ class SsdSide:
         self._counters = counters
         self._base = np.uint64(arena_address)
         self._codec_name = config.codec
+        # What is being written cannot be evicted: no more than a small part of the arena at a time.
+        self._lease_bytes = config.cpu_bytes // 8
         self._tier = SsdTier(
             SsdConfig(
                 path=config.ssd,
@@ -156,7 +158,7 @@ class SsdSide:
 
     def _write_blocks(self, number: int, hashes: npt.NDArray[np.uint8], durable: bool) -> None:
         block_bytes = self._specs[number].spec.block_bytes
-        step = max(1, WriteBehind.BATCH_BYTES // block_bytes)
+        step = max(1, min(WriteBehind.BATCH_BYTES, self._lease_bytes) // block_bytes)
         while len(hashes):
             part = hashes[:step]
             lease, offsets, _, _, checksums = self._core.acquire(
