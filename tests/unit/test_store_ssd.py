@@ -28,7 +28,7 @@ from kvstore import (
 )
 from kvstore.opening import store_of
 from kvstore.tiers.local import LocalControl, Tiers
-from kvstore.tiers.records import NOT_ON_SSD, RECORD, records_from
+from kvstore.records import NOT_ON_SSD, RECORD, records_from
 from tests.store_support import (
     BLOCK_BYTES,
     NAMESPACE,
