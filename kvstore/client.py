@@ -236,6 +236,6 @@ class RemoteControl:
     def stats(self) -> dict[str, Any]:
         return dict(self._value(wire.Stats()))
 
-    def close(self) -> None:
+    def close(self, timeout: float = 60.0) -> None:
         self._pool.shutdown(wait=True)
         self._connections.close()

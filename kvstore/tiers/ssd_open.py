@@ -159,8 +159,8 @@ def open_index(
     """
     where = path / "index"
     shutil.rmtree(path / "index.tmp", ignore_errors=True)
-    namespaces = read_namespaces(path)
     with _translated(where):
+        namespaces = read_namespaces(path)
         if where.exists():
             if ssd_index.make_sound(where, map_bytes):
                 index = ssd_index.SsdIndex(where, map_bytes)
