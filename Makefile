@@ -65,8 +65,9 @@ sanitize: $(BUILT)
 	rm -f $(SANITIZED)/kvstore/*.so
 	cd $(SANITIZED) && KVSTORE_SANITIZE=address,undefined $(abspath $(BIN))/python setup.py -q build_ext --inplace
 	cd $(SANITIZED) && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
-	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=.:adapters KVSTORE_SANITIZED=1 \
-	  $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider --timeout 600 tests/unit tests/property tests/contract
+	  ASAN_OPTIONS=detect_leaks=0:log_path=found UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1:log_path=found PYTHONPATH=.:adapters \
+	  $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider --timeout 600 tests/unit tests/property tests/contract \
+	  || { head -n 60 found.*; exit 1; }
 	mkdir -p build/tsan
 	for t in csrc/tests/*_test.cc; do echo "tsan $$t"; \
 	  $(CXX) -std=c++20 -O1 -g -UNDEBUG -fsanitize=thread -Icsrc $$t csrc/core/*.cc csrc/copy/*.cc -o build/tsan/test -pthread && \

@@ -58,6 +58,10 @@ class _Connections:
         finally:
             os.close(fd)
 
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
     def _connect(self, client: bytes) -> tuple[socket.socket, wire.Welcome, int | None]:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         connection.settimeout(_SLACK_SECONDS)
@@ -139,6 +143,8 @@ class RemoteControl:
 
     @property
     def arena(self) -> npt.NDArray[np.uint8]:
+        if self._connections.closed:  # leases and reservations ended with it: others' slots now
+            raise errors.StoreClosedError("the store is closed")
         return self._arena
 
     def _ask(self, request: wire.Message, expected: type[_Reply], timeout: float = 0.0) -> _Reply:
@@ -181,6 +187,8 @@ class RemoteControl:
         )
 
     def release(self, lease: int) -> bool:
+        if self._connections.closed:
+            return False
         return bool(self._value(wire.Release(lease)))
 
     def reserve(self, hashes: BlockHashes) -> Reserved:
@@ -205,7 +213,10 @@ class RemoteControl:
             ready = int(self._value(wire.Prefetch(_chain(hashes)), 60.0))
             return TransferResult(ready, num_missed=len(hashes) - ready)
 
-        return self._pool.submit(fetch)
+        try:
+            return self._pool.submit(fetch)
+        except RuntimeError:
+            raise errors.StoreClosedError("the store is closed") from None
 
     def remove(self, hashes: BlockHashes) -> int:
         return int(self._value(wire.Remove(_chain(hashes))))
@@ -220,9 +231,8 @@ class RemoteControl:
         return bool(self._value(wire.Flush(timeout), timeout))
 
     def events(self) -> Iterator[Event]:
-        data = self._ask(wire.Events(), wire.Packed).data
-        namespace_id = int.from_bytes(data[:4], "little")
-        return decode_events(data[4:], namespace_id, self._namespace.spec.block_tokens)
+        packed = self._ask(wire.Events(), wire.Packed).data
+        return decode_events(packed, self._namespace.spec.block_tokens)
 
     def stats(self) -> dict[str, Any]:
         return dict(self._value(wire.Stats()))

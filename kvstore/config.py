@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -31,6 +32,11 @@ for _power, _letter in enumerate("kmgt", start=1):
     _UNITS[_letter + "b"] = 1000**_power
 
 
+_PREFIX = "KVSTORE_"
+# Variables of the build, of benches and of the transport, not settings of a store.
+_NOT_OURS = frozenset(("KVSTORE_BUILD_JOBS", "KVSTORE_SANITIZE", "KVSTORE_UCX_LIB"))
+
+
 def parse_bytes(value: int | str, name: str = "size") -> int:
     """Return bytes: an int as it is, or text such as "8GiB", "512M" (= MiB), "1GB" (10^9).
 
@@ -43,9 +49,11 @@ def parse_bytes(value: int | str, name: str = "size") -> int:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value))
         if match is None or match[2].lower() not in _UNITS:
             raise ConfigError(f"{name}: {value!r} is not a size such as 8GiB or 512M")
-        size = int(float(match[1]) * _UNITS[match[2].lower()])
+        size = int(Fraction(match[1]) * _UNITS[match[2].lower()])
     if size < 0:
         raise ConfigError(f"{name}: {value!r} is negative")
+    if size >= 1 << 62:
+        raise ConfigError(f"{name}: {str(value)[:40]} is too large")
     return size
 
 
@@ -56,6 +64,10 @@ def format_bytes(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"
+
+
+def _is_a(kind: type | tuple[type, ...], value: object) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -89,12 +101,23 @@ class StoreConfig:
                 )
         for name in ("threads", "ssd_depth"):
             value = getattr(self, name)
-            if not isinstance(value, int) or not 1 <= value <= 1024:
+            if not _is_a(int, value) or not 1 <= value <= 1024:
                 raise ConfigError(f"{name}: {value!r} is not an integer between 1 and 1024")
-        if self.lease_seconds <= 0:
+        if not _is_a((int, float), self.lease_seconds):
+            raise ConfigError(f"lease_seconds: {self.lease_seconds!r} is not a number")
+        if not self.lease_seconds > 0:
             raise ConfigError(f"lease_seconds: {self.lease_seconds!r} is not positive")
         if self.cpu_bytes < 1 << 20:
             raise ConfigError(f"cpu: {self.cpu_bytes} bytes is less than 1 MiB")
+        self._check_units()
+
+    def _check_units(self) -> None:
+        for small, large, times in (("chunk", "cpu", 1), ("ssd_segment", "ssd_capacity", 3)):
+            unit, whole = parse_bytes(getattr(self, small)), parse_bytes(getattr(self, large))
+            if unit * times > whole and (self.ssd or large == "cpu"):
+                raise ConfigError(
+                    f"{large}: {whole} bytes do not hold {times} x {small} ({unit} bytes)"
+                )
 
     @property
     def cpu_bytes(self) -> int:
@@ -111,13 +134,15 @@ class StoreConfig:
 
 
 def _environment(environ: Mapping[str, str]) -> dict[str, str]:
-    prefix = "KVSTORE_"
     known = {field.name for field in fields(StoreConfig)}
     found = {}
     for name, value in environ.items():
-        key = name.removeprefix(prefix).lower()
-        if name.startswith(prefix) and key in known:
-            found[key] = value
+        if not name.startswith(_PREFIX) or name in _NOT_OURS:
+            continue
+        key = name.removeprefix(_PREFIX).lower()
+        if key not in known:
+            raise ConfigError(f"{name}: no such setting; there are {', '.join(sorted(known))}")
+        found[key] = value
     return found
 
 
@@ -156,10 +181,10 @@ def load_config(
     values: dict[str, Any] = {}
     if path is not None:
         try:
-            values.update(tomllib.loads(Path(path).read_text()))
+            values.update(tomllib.loads(Path(path).read_text(encoding="utf-8")))
         except OSError as error:
             raise ConfigError(f"config: cannot read {path}: {error.strerror}") from error
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"config: {path} is not TOML: {error}") from error
     values.update(_environment(os.environ if environ is None else environ))
     values.update({name: value for name, value in overrides.items() if value is not None})

@@ -1,7 +1,8 @@
 """Events in the words of vLLM: what became available, what went, for routers and indexes.
 
-Events are numbered without gaps; a jump in `sequence` tells a reader that the bounded queue dropped
-some, and that it must look again at what it thinks it knows.
+A namespace's events are numbered without gaps. Each reader (a store, a client) has its own place in
+them; a jump in `sequence` tells it that it fell behind the bounded queue, and that it must look
+again at what it thinks it knows.
 """
 
 from __future__ import annotations
@@ -57,14 +58,19 @@ class AllBlocksCleared:
 Event = BlockStored | BlockRemoved | AllBlocksCleared
 
 
-def decode_events(packed: bytes, namespace_id: int, block_tokens: int) -> Iterator[Event]:
+def last_sequence(packed: bytes, before: int) -> int:
+    """Return the number of the last of packed rows, `before` when there are none."""
+    rows = np.frombuffer(packed, _EVENT)
+    return int(rows[-1]["sequence"]) if len(rows) else before
+
+
+def decode_events(packed: bytes, block_tokens: int) -> Iterator[Event]:
     """Yield the events of one namespace from the core's packed rows.
 
     Rows that continue each other (one put, one chain) become one event, whose `sequence` is that of
     its last row.
     """
     rows = np.frombuffer(packed, _EVENT)
-    rows = rows[rows["namespace"] == namespace_id]
     first = 0
     for i in range(1, len(rows) + 1):
         if i < len(rows) and _continues(rows[i - 1], rows[i]):

@@ -102,6 +102,13 @@ class BlockBuffers:
             )
         return ids
 
+    def require_block_bytes(self, block_bytes: int) -> None:
+        """Raises ConfigError when a block has another size here than in the store's namespace."""
+        if self.block_bytes != block_bytes:
+            raise ConfigError(
+                f"buffers: blocks of {self.block_bytes} bytes, the namespace's have {block_bytes}"
+            )
+
     def require_writable(self) -> None:
         """Raises ConfigError when blocks cannot be loaded into these buffers."""
         if not self.writable:

@@ -72,6 +72,7 @@ class Lease:
         """
         if self._released:
             raise StoreClosedError("the lease was released")
+        buffers.require_block_bytes(self._control.namespace.spec.block_bytes)
         buffers.require_writable()
         ids = as_block_ids(block_ids)
         granted = self._granted

@@ -6,6 +6,7 @@ from typing import Any
 
 from kvstore.block import BlockSpec, Namespace
 from kvstore.config import StoreConfig, load_config
+from kvstore.errors import ConfigError
 from kvstore.store import Store
 from kvstore.tiers.local import LocalControl, Tiers
 
@@ -32,6 +33,8 @@ def open_store(
         OutOfSpaceError: the memory cannot be had.
     """
     name = Namespace.of(namespace, spec)
+    if config is not None and settings:
+        raise ConfigError(f"{min(settings)}: give config or single settings, not both")
     chosen = config if config is not None else load_config(None, None, **settings)
     tiers = Tiers(chosen, name.spec.block_bytes)
     try:

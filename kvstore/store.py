@@ -6,6 +6,7 @@ buffers and the arena; what goes where is decided by its `Control`.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from kvstore import _native
 from kvstore.block import BlockHashes, Namespace
 from kvstore.buffers import as_block_ids
 from kvstore.codec import CodecId
-from kvstore.control import ACK_LEVELS, RESERVED, Ack, Control
+from kvstore.control import ACK_LEVELS, PRESENT, RESERVED, Ack, Control
 from kvstore.errors import ConfigError, StoreClosedError
 from kvstore.events import Event
 from kvstore.layout import BlockBuffers
@@ -56,20 +57,31 @@ class Reservation:
     """Slots to be written in place, layer by layer if need be, then committed or aborted.
 
     `wanted[i]` says whether block i of the hashes is to be written; the others are in the store
-    already, or cannot be (see `counts`). Use it as a context manager: leaving without `commit`
+    already, or cannot be (`commit` says why). Use it as a context manager: leaving without `commit`
     aborts. A writer that dies leaves nothing visible.
     """
 
-    __slots__ = ("_addresses", "_hashes", "_id", "_store", "counts", "wanted")
+    __slots__ = (
+        "_addresses",
+        "_ended",
+        "_hashes",
+        "_id",
+        "_statuses",
+        "_store",
+        "_written",
+        "wanted",
+    )
 
     def __init__(self, store: Store, hashes: BlockHashes) -> None:
         control = store.control
         reserved = control.reserve(hashes)
         self._store = store
         self._hashes = hashes
-        self._id = reserved.reservation
+        self._id = reserved.reservation  # 0: nothing to write
+        self._ended = False
+        self._written: list[tuple[int, int]] = []  # payload bytes [begin, end) of every block
         self.wanted: npt.NDArray[np.bool_] = reserved.statuses == RESERVED
-        self.counts = np.bincount(reserved.statuses, minlength=5)
+        self._statuses = reserved.statuses
         self._addresses = reserved.offsets[self.wanted] + np.uint64(control.arena.ctypes.data)
 
     def write(
@@ -82,35 +94,61 @@ class Reservation:
             block_ids: the engine block of each *wanted* block, shape (wanted.sum(),).
             layers: copy only layers [a, b); all layers must be written before `commit`.
         """
-        if self._id == 0:
-            if len(self._addresses) == 0:
-                return
-            raise StoreClosedError("the reservation was committed or aborted")
+        self._check_open()
+        buffers.require_block_bytes(self._store.namespace.spec.block_bytes)
         ids = as_block_ids(block_ids)
         if len(ids) != len(self._addresses):
             raise ConfigError(f"block_ids: {len(ids)} given, {len(self._addresses)} are wanted")
         threads = self._store.threads
-        if layers is None:
-            _native.gather(buffers.plan, ids, self._addresses, None, threads)
-        else:
-            begin, end = buffers.layer_range(layers[0], layers[1] - layers[0])
-            _native.gather_range(buffers.plan, ids, self._addresses, begin, end, threads)
+        with self._store.writing():
+            if layers is None:
+                begin, end = 0, buffers.block_bytes
+                _native.gather(buffers.plan, ids, self._addresses, None, threads)
+            else:
+                begin, end = buffers.layer_range(layers[0], layers[1] - layers[0])
+                _native.gather_range(buffers.plan, ids, self._addresses, begin, end, threads)
+        self._written.append((begin, end))
 
     def commit(self, ack: Ack = "memory") -> Transfer:
-        """Publish the written blocks: checksums are computed, then readers may find them."""
-        if self._id == 0:
-            return Transfer(self._store.result_of(self.counts, "memory"))
+        """Publish the written blocks: checksums are computed, then readers may find them.
+
+        Raises:
+            ConfigError: some layers were not written: their bytes would be another block's.
+            StoreClosedError: the reservation was committed or aborted, or the store closed.
+        """
+        check_ack(ack)
+        self._check_open()
         size = self._store.namespace.spec.block_bytes
+        if self._id:
+            self._check_whole(size)
         sums = np.empty(len(self._addresses), np.uint64)
         _native.checksum_blocks(self._addresses, size, sums, self._store.threads)
-        reservation, self._id = self._id, 0
-        return self._store.finish_put(reservation, sums, self._hashes, self.counts, ack)
+        self._ended = True
+        return self._store.finish_put(self._id, sums, self._hashes, self._statuses, ack)
 
     def abort(self) -> None:
-        """Give the slots back; nothing becomes visible."""
+        """Give the slots back; nothing becomes visible. Does nothing after `commit` or `close`."""
+        if self._ended or self._store.closed:
+            return
+        self._ended = True
         if self._id:
-            reservation, self._id = self._id, 0
-            self._store.control.abort(reservation)
+            self._store.control.abort(self._id)
+
+    def _check_open(self) -> None:
+        if self._ended:
+            raise StoreClosedError("the reservation was committed or aborted")
+        _ = self._store.control  # raises when the store was closed and the slots are others' now
+
+    def _check_whole(self, size: int) -> None:
+        done = 0
+        for begin, end in sorted(self._written):
+            if begin > done:
+                break
+            done = max(done, end)
+        else:
+            begin = size
+        if done < size:
+            raise ConfigError(f"layers: bytes {done} to {begin} of the blocks were not written")
 
     def __enter__(self) -> Reservation:
         return self
@@ -122,6 +160,40 @@ class Reservation:
         traceback: TracebackType | None,
     ) -> None:
         self.abort()
+
+
+def check_ack(ack: str) -> None:
+    if ack not in ACK_LEVELS:
+        raise ConfigError(f"ack: {ack!r} is not one of {', '.join(ACK_LEVELS)}")
+
+
+class _Writers:
+    """Counts calls that write into slots. A slot must not be given back, and so to another writer,
+    while somebody still copies into it: the bytes would be published as the other's.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition(threading.Lock())
+        self._count = 0
+        self._closed = False
+
+    def __enter__(self) -> None:
+        with self._changed:
+            if self._closed:
+                raise StoreClosedError("the store is closed")
+            self._count += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._count -= 1
+            if self._closed:
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        """Let nobody in any more, and wait until all are out."""
+        with self._changed:
+            self._closed = True
+            self._changed.wait_for(lambda: self._count == 0)
 
 
 class Store:
@@ -144,12 +216,16 @@ class Store:
         timeout: float = 10.0,
     ) -> None:
         self._control = control
+        self._block_bytes = control.namespace.spec.block_bytes
         self._verify = verify_always
         self.threads = threads
         self._lease_seconds = lease_seconds
         self._timeout = timeout
         self._pool: ThreadPoolExecutor | None = None
+        self._lock = threading.Lock()  # guards _pool and _closing
+        self._writers = _Writers()
         self._pins: dict[bytes, list[int]] = {}  # first block -> leases
+        self._closing = False
         self._closed = False
         # The embedded control puts and loads in one native call; see csrc/copy/block_io.h.
         self._fast_put = getattr(control, "put", None)
@@ -169,6 +245,14 @@ class Store:
         if self._closed:
             raise StoreClosedError("the store is closed")
         return self._control
+
+    def writing(self) -> _Writers:
+        """Return a context in which slots are written: `close` waits for all of them to end."""
+        return self._writers
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
 
     # --- looking
 
@@ -248,6 +332,7 @@ class Store:
         """
         chain = BlockHashes.of(hashes)
         ids = self._ids(chain, block_ids)
+        buffers.require_block_bytes(self._block_bytes)
         buffers.require_writable()
         if background:
             return self._submit(lambda: self._load(chain, buffers, ids, timeout))
@@ -260,10 +345,10 @@ class Store:
         ids: npt.NDArray[np.int64],
         timeout: float | None,
     ) -> TransferResult:
-        control = self.control
+        _ = self.control
         if self._fast_load is not None:
-            loaded = self._fast_load(chain, buffers.plan, ids, self._verify, self.threads)
-            if loaded == len(chain) or control.match(chain) <= loaded:
+            loaded, is_all = self._fast_load(chain, buffers.plan, ids, self._verify, self.threads)
+            if is_all:
                 return TransferResult(loaded, num_missed=len(chain) - loaded)
         with self.acquire(chain, timeout=timeout) as lease:
             loaded = lease.load(buffers, ids[: len(lease)]) if len(lease) else 0
@@ -295,10 +380,10 @@ class Store:
                 "durable" (survives power loss).
             background: return at once; the engine must not change the blocks until it is done.
         """
-        if ack not in ACK_LEVELS:
-            raise ConfigError(f"ack: {ack!r} is not one of {', '.join(ACK_LEVELS)}")
+        check_ack(ack)
         chain = BlockHashes.of(hashes)
         ids = self._ids(chain, block_ids)
+        buffers.require_block_bytes(self._block_bytes)
         if background:
             return self._submit(lambda: self._put(chain, buffers, ids, ack).wait())
         return self._put(chain, buffers, ids, ack)
@@ -307,10 +392,20 @@ class Store:
         self, chain: BlockHashes, buffers: BlockBuffers, ids: npt.NDArray[np.int64], ack: Ack
     ) -> Transfer:
         control = self.control
-        if self._fast_put is not None and ack == "memory":
-            return Transfer(self._fast_put(chain, buffers.plan, ids, self.threads))
+        with self._writers:
+            if self._fast_put is not None and ack == "memory":
+                return Transfer(self._fast_put(chain, buffers.plan, ids, self.threads))
+            return self._reserve_and_put(control, chain, buffers, ids, ack)
+
+    def _reserve_and_put(
+        self,
+        control: Control,
+        chain: BlockHashes,
+        buffers: BlockBuffers,
+        ids: npt.NDArray[np.int64],
+        ack: Ack,
+    ) -> Transfer:
         reserved = control.reserve(chain)
-        counts = np.bincount(reserved.statuses, minlength=5)
         wanted = reserved.statuses == RESERVED
         addresses = reserved.offsets[wanted] + np.uint64(control.arena.ctypes.data)
         sums = np.empty(len(addresses), np.uint64)
@@ -319,7 +414,7 @@ class Store:
         except BaseException:
             control.abort(reserved.reservation)
             raise
-        return self.finish_put(reserved.reservation, sums, chain, counts, ack)
+        return self.finish_put(reserved.reservation, sums, chain, reserved.statuses, ack)
 
     def reserve(self, hashes: Hashes) -> Reservation:
         """Reserve slots to be written in place: the two-phase form of `put`."""
@@ -330,13 +425,13 @@ class Store:
         reservation: int,
         checksums: npt.NDArray[np.uint64],
         chain: BlockHashes,
-        counts: npt.NDArray[np.int64],
+        statuses: npt.NDArray[np.uint8],
         ack: Ack,
     ) -> Transfer:
         """Commit, and turn the level's future into a transfer. For `Reservation` and `put`."""
         level = self.control.commit(reservation, checksums, chain, ack)
         if level is None:
-            return Transfer(self.result_of(counts, "memory"))
+            return Transfer(_result_of(statuses, "memory"))
         done: Future[TransferResult] = Future()
 
         def finish(reached: Future[Ack]) -> None:
@@ -344,15 +439,10 @@ class Store:
             if error is not None:
                 done.set_exception(error)
             else:
-                done.set_result(self.result_of(counts, reached.result()))
+                done.set_result(_result_of(statuses, reached.result()))
 
         level.add_done_callback(finish)
         return Transfer(future=done)
-
-    def result_of(self, counts: npt.NDArray[np.int64], ack: str) -> TransferResult:
-        """Return a put's result from its counts by reserve status."""
-        stored, present, pending, no_space, orphan = (int(count) for count in counts)
-        return TransferResult(stored + present, stored, present, pending, no_space, orphan, ack=ack)
 
     # --- keeping and removing
 
@@ -369,9 +459,10 @@ class Store:
 
     def unpin(self, hashes: Hashes) -> None:
         """End all pins that start at the same first block."""
+        control = self.control
         chain = BlockHashes.of(hashes)
         for lease in self._pins.pop(chain[0], []) if len(chain) else []:
-            self.control.release(lease)
+            control.release(lease)
 
     def remove(self, hashes: Hashes) -> int:
         """Remove blocks, and with each all that continue it, from every tier; return how many of
@@ -398,10 +489,14 @@ class Store:
 
     def close(self) -> None:
         """Wait for running transfers, end leases and pins, release all. Safe to call twice."""
-        if self._closed:
+        with self._lock:
+            pool, self._pool = self._pool, None
+            closing, self._closing = not self._closing, True
+        if not closing:
             return
-        if self._pool is not None:
-            self._pool.shutdown(wait=True)
+        if pool is not None:
+            pool.shutdown(wait=True)
+        self._writers.close()
         self._closed = True
         self._control.close()
 
@@ -417,9 +512,12 @@ class Store:
         self.close()
 
     def _submit(self, work: Any) -> Transfer:
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(2, thread_name_prefix="kvstore-transfer")
-        return Transfer(future=self._pool.submit(work))
+        with self._lock:
+            if self._closing:
+                raise StoreClosedError("the store is closed")
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(2, thread_name_prefix="kvstore-transfer")
+            return Transfer(future=self._pool.submit(work))
 
     def _ids(self, chain: BlockHashes, block_ids: object) -> npt.NDArray[np.int64]:
         if block_ids is None:
@@ -428,6 +526,14 @@ class Store:
         if len(ids) != len(chain):
             raise ConfigError(f"block_ids: {len(ids)} given for {len(chain)} hashes")
         return ids
+
+
+def _result_of(statuses: npt.NDArray[np.uint8], ack: str) -> TransferResult:
+    """Return a put's result from its blocks' reserve statuses."""
+    elsewhere = np.flatnonzero((statuses != RESERVED) & (statuses != PRESENT))
+    leading = int(elsewhere[0]) if len(elsewhere) else len(statuses)
+    stored, present, pending, no_space, orphan = np.bincount(statuses, minlength=5).tolist()
+    return TransferResult(leading, stored, present, pending, no_space, orphan, ack=ack)
 
 
 def _info(row: np.void, tiers: int) -> BlockInfo:

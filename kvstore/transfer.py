@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
-from kvstore.errors import DeadlineExceededError
+from kvstore.errors import DeadlineExceededError, StoreClosedError
 
 
 @dataclass(slots=True)
@@ -61,7 +61,11 @@ class Transfer:
             return self._result
         try:
             return self._future.result(timeout)
+        except concurrent.futures.CancelledError:
+            raise StoreClosedError("the store was closed before the transfer began") from None
         except concurrent.futures.TimeoutError:
+            if self._future.done():
+                raise  # what stopped the transfer was a deadline of its own
             raise DeadlineExceededError(f"transfer not done after {timeout} s") from None
 
     def then(self, callback: Callable[[], None]) -> None:
@@ -72,11 +76,17 @@ class Transfer:
             self._future.add_done_callback(lambda _: callback())
 
     def __await__(self) -> Generator[Any, None, TransferResult]:
-        if self._future is not None and not self._future.done():
-            import asyncio  # costs more to import than all of kvstore
+        return self._finish().__await__()
 
-            return asyncio.wrap_future(self._future).__await__()
-        return self._ready().__await__()
+    async def _finish(self) -> TransferResult:
+        if self._future is None or self._future.done():
+            return self.wait(0)
+        import asyncio  # costs more to import than all of kvstore
 
-    async def _ready(self) -> TransferResult:
-        return self.wait(0)
+        try:
+            # Shielded: who gives up waiting does not stop the transfer.
+            return await asyncio.shield(asyncio.wrap_future(self._future))
+        except asyncio.CancelledError:
+            if self._future.cancelled():
+                return self.wait(0)  # says that the store was closed
+            raise

@@ -16,6 +16,12 @@ PutResult PutBlocks(StoreCore &core, OwnerId owner, NamespaceId ns, const Chain 
     PutResult result;
     std::vector<std::int64_t> from;
     std::vector<std::uint8_t *> to;
+    const auto is_there = [](ReserveStatus status) {
+        return status == ReserveStatus::kReserved || status == ReserveStatus::kPresent;
+    };
+    while (result.num_leading < chain.n && is_there(statuses[result.num_leading])) {
+        ++result.num_leading;
+    }
     for (std::size_t i = 0; i < chain.n; ++i) {
         switch (statuses[i]) {
             case ReserveStatus::kReserved:
@@ -40,7 +46,7 @@ PutResult PutBlocks(StoreCore &core, OwnerId owner, NamespaceId ns, const Chain 
     std::vector<std::uint64_t> checksums(to.size());
     GatherBlocks(plan, from.data(), to.data(), to.size(), checksums.data(), threads);
     // False when the owner was released meanwhile; then nothing of this put is visible.
-    if (core.Commit(reservation, checksums.data(), nullptr, to.size())) {
+    if (core.Commit(owner, reservation, checksums.data(), nullptr, to.size())) {
         result.num_stored = to.size();
     }
     return result;
@@ -69,8 +75,8 @@ LoadResult LoadBlocks(StoreCore &core, OwnerId owner, NamespaceId ns, const Bloc
             break;
         }
     }
-    const bool in_time = core.Release(lease);
-    if (!in_time) result.num_loaded = 0;  // the owner was released: slots may have been reused
+    if (!core.Release(owner, lease))
+        return {};  // the owner was released: slots may have been reused
     if (result.corrupt) core.Remove(ns, &hashes[result.num_loaded], 1);
     return result;
 }

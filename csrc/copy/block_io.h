@@ -11,6 +11,7 @@
 namespace kvstore {
 
 struct PutResult {
+    std::size_t num_leading = 0;  // leading blocks that are in the store now
     std::size_t num_stored = 0;   // copied now
     std::size_t num_present = 0;  // were ready already
     std::size_t num_pending = 0;  // somebody else is writing them

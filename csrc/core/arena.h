@@ -29,7 +29,6 @@
 namespace kvstore {
 
 using SizeClass = std::uint32_t;
-inline constexpr std::size_t kPageBytes = 4096;
 
 struct SlotHeader {
     // Grows by one with every change of owner: odd while the slot is written, even otherwise. A

@@ -247,10 +247,10 @@ private:
 
 Blake3Compress PickBlake3Compress() {
 #ifdef KV_BLAKE3_VECTOR
-    const SimdLevel limit = HashSimdLimit();
-    if (limit == SimdLevel::kPortable) return CompressPortable;
+    const HashSimdLevel limit = HashSimdLimit();
+    if (limit == HashSimdLevel::kPortable) return CompressPortable;
 #if defined(__x86_64__)
-    if (limit == SimdLevel::kBest && __builtin_cpu_supports("avx512vl")) return CompressAvx512;
+    if (limit == HashSimdLevel::kBest && __builtin_cpu_supports("avx512vl")) return CompressAvx512;
     if (!__builtin_cpu_supports("sse4.1")) return CompressPortable;
 #endif
     return CompressVector;

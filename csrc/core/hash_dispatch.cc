@@ -5,12 +5,12 @@
 namespace kvstore {
 namespace {
 
-std::atomic<SimdLevel> simd_limit{SimdLevel::kBest};
+std::atomic<HashSimdLevel> simd_limit{HashSimdLevel::kBest};
 
 }  // namespace
 
-void SetHashSimdLimit(SimdLevel limit) { simd_limit.store(limit, std::memory_order_relaxed); }
+void SetHashSimdLimit(HashSimdLevel limit) { simd_limit.store(limit, std::memory_order_relaxed); }
 
-SimdLevel HashSimdLimit() { return simd_limit.load(std::memory_order_relaxed); }
+HashSimdLevel HashSimdLimit() { return simd_limit.load(std::memory_order_relaxed); }
 
 }  // namespace kvstore

@@ -9,14 +9,14 @@
 
 namespace kvstore {
 
-enum class SimdLevel : int {
+enum class HashSimdLevel : int {
     kPortable = 0,  // plain C++
     kVector = 1,    // 128-bit vectors (SSE4.1, NEON)
     kBest = 2,      // whatever is fastest here (AVX-512VL, SHA-NI)
 };
 
 // Lowers, or restores, the level that hashes may use.
-void SetHashSimdLimit(SimdLevel limit);
-SimdLevel HashSimdLimit();
+void SetHashSimdLimit(HashSimdLevel limit);
+HashSimdLevel HashSimdLimit();
 
 }  // namespace kvstore

@@ -127,7 +127,7 @@ bool HasShaNi() {
 Sha256Compress PickSha256Compress() {
 #if defined(__x86_64__)
     static const bool has_sha_ni = HasShaNi();
-    if (has_sha_ni && HashSimdLimit() == SimdLevel::kBest) return CompressShaNi;
+    if (has_sha_ni && HashSimdLimit() == HashSimdLevel::kBest) return CompressShaNi;
 #endif
     return CompressPortable;
 }

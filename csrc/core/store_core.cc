@@ -39,7 +39,7 @@ bool StoreCore::AddNamespace(std::size_t block_bytes, NamespaceId *ns) {
         state.owner_of.assign(num_slots, kNoEntry);
         classes_.push_back(std::move(state));
     }
-    namespaces_.push_back({block_bytes, size_class});
+    namespaces_.push_back({block_bytes, size_class, 0, {}});
     *ns = static_cast<NamespaceId>(namespaces_.size() - 1);
     return true;
 }
@@ -75,7 +75,7 @@ void StoreCore::ReleaseOwner(OwnerId owner) {
             if (reservation.owner == owner) unfinished.push_back(id);
         }
     }
-    for (const std::uint64_t id : unfinished) Abort(id);
+    for (const std::uint64_t id : unfinished) Abort(owner, id);
 }
 
 // --- looking
@@ -254,6 +254,7 @@ void StoreCore::MaybeDue(EntryId id) {
 std::uint64_t StoreCore::Reserve(OwnerId owner, NamespaceId ns, const Chain &chain,
                                  bool only_from_ssd, ReserveStatus *statuses, Grant *grants) {
     WriteLock lock(mutex_);
+    EndOverdueLeases();  // or a store full of dead holders' blocks would refuse puts for ever
     EntryId parent = kNoEntry;
     ReserveStatus stopped = ReserveStatus::kReserved;
     if (chain.start > 0) {
@@ -285,6 +286,7 @@ std::uint64_t StoreCore::Reserve(OwnerId owner, NamespaceId ns, const Chain &cha
         }
         if (stopped != ReserveStatus::kReserved) {
             statuses[i] = stopped;
+            if (only_from_ssd) continue;  // a promotion, not a put
             ++(stopped == ReserveStatus::kNoSpace ? stats_.refused_no_space
                                                   : stats_.refused_orphan);
         }
@@ -339,11 +341,11 @@ void StoreCore::AdoptLineage(EntryId id, EntryId parent, std::uint32_t depth) {
     entry.rooted = entry.available();
 }
 
-bool StoreCore::Commit(std::uint64_t reservation, const std::uint64_t *checksums, const bool *ok,
-                       std::size_t n) {
+bool StoreCore::Commit(OwnerId owner, std::uint64_t reservation, const std::uint64_t *checksums,
+                       const bool *ok, std::size_t n) {
     WriteLock lock(mutex_);
     const auto it = reservations_.find(reservation);
-    if (it == reservations_.end()) return false;
+    if (it == reservations_.end() || it->second.owner != owner) return false;
     const std::vector<EntryId> blocks = std::move(it->second.blocks);
     reservations_.erase(it);
     KV_CHECK(n == blocks.size());  // the caller asked ReservationSize
@@ -362,20 +364,21 @@ bool StoreCore::Commit(std::uint64_t reservation, const std::uint64_t *checksums
     return true;
 }
 
-void StoreCore::Abort(std::uint64_t reservation) {
+void StoreCore::Abort(OwnerId owner, std::uint64_t reservation) {
     WriteLock lock(mutex_);
     const auto it = reservations_.find(reservation);
-    if (it == reservations_.end()) return;
+    if (it == reservations_.end() || it->second.owner != owner) return;
     const std::vector<EntryId> blocks = std::move(it->second.blocks);
     reservations_.erase(it);
     for (std::size_t i = blocks.size(); i-- > 0;) FinishWrite(blocks[i], 0, false);
     if (waiters_ > 0) became_ready_.notify_all();
 }
 
-std::size_t StoreCore::ReservationSize(std::uint64_t reservation) const {
+std::size_t StoreCore::ReservationSize(OwnerId owner, std::uint64_t reservation) const {
     ReadLock lock(mutex_);
     const auto it = reservations_.find(reservation);
-    return it == reservations_.end() ? 0 : it->second.blocks.size();
+    const bool ours = it != reservations_.end() && it->second.owner == owner;
+    return ours ? it->second.blocks.size() : 0;
 }
 
 void StoreCore::FinishWrite(EntryId id, std::uint64_t checksum, bool ok) {
@@ -427,11 +430,7 @@ std::size_t StoreCore::Acquire(OwnerId owner, NamespaceId ns, const BlockHash *h
     *lease = 0;
     std::vector<EntryId> found(n);
     WriteLock lock(mutex_);
-    if (SteadyNowNs() >= next_expiry_ns_) {
-        lock.unlock();
-        ExpireLeases();
-        lock.lock();
-    }
+    EndOverdueLeases();
     index_.FindMany(ns, hashes, n, found.data());
     std::size_t held = 0;
     while (held < n && found[held] != kNoEntry && index_[found[held]].cpu == CpuState::kReady) {
@@ -454,10 +453,10 @@ std::size_t StoreCore::Acquire(OwnerId owner, NamespaceId ns, const BlockHash *h
     return held;
 }
 
-bool StoreCore::Release(LeaseId lease) {
+bool StoreCore::Release(OwnerId owner, LeaseId lease) {
     WriteLock lock(mutex_);
     const auto it = leases_.find(lease);
-    if (it == leases_.end()) return false;
+    if (it == leases_.end() || it->second.owner != owner) return false;
     EndLease(it->second);
     leases_.erase(it);
     return true;
@@ -465,7 +464,13 @@ bool StoreCore::Release(LeaseId lease) {
 
 std::size_t StoreCore::ExpireLeases() {
     WriteLock lock(mutex_);
+    return EndOverdueLeases();
+}
+
+std::size_t StoreCore::EndOverdueLeases() {
+    if (next_expiry_ns_ == kNever) return 0;
     const std::int64_t now = SteadyNowNs();
+    if (now < next_expiry_ns_) return 0;
     std::size_t ended = 0;
     next_expiry_ns_ = kNever;
     for (auto it = leases_.begin(); it != leases_.end();) {
@@ -558,182 +563,6 @@ void StoreCore::Clear(NamespaceId ns) {
     Emit(EventKind::kCleared, TierKind::kCpu, cleared);
 }
 
-// --- the ssd tier's side
-
-void StoreCore::SetSsd(NamespaceId ns, const BlockHash *hashes, const SsdPlace *places,
-                       std::size_t n) {
-    WriteLock lock(mutex_);
-    for (std::size_t i = 0; i < n; ++i) {
-        const EntryId id = index_.Find(ns, hashes[i]);
-        const bool wanted = id != kNoEntry && index_[id].available() &&
-                            (index_[id].depth <= 1 || index_[index_[id].parent].on_ssd());
-        if (!wanted) {
-            SsdRecord record;
-            record.namespace_id = ns;
-            record.hash = hashes[i];
-            record.place = places[i];
-            garbage_.push_back(record);
-            continue;
-        }
-        Entry &entry = index_[id];
-        if (entry.on_ssd()) {
-            garbage_.push_back(RecordOf(entry));
-        } else {
-            ++stats_.ssd_blocks;
-        }
-        entry.ssd_segment = places[i].segment;
-        entry.ssd_page = places[i].page;
-        entry.ssd_bytes = places[i].stored_bytes;
-        entry.ssd_codec = places[i].codec;
-        entry.ssd_checksum = places[i].stored_checksum;
-        entry.used = false;
-        Emit(EventKind::kStored, TierKind::kSsd, entry);
-    }
-}
-
-SsdRecord StoreCore::RecordOf(const Entry &entry) const {
-    SsdRecord record;
-    record.namespace_id = entry.namespace_id;
-    record.hash = entry.hash;
-    record.depth = entry.depth;
-    record.parent = ParentHash(entry);
-    record.place = {entry.ssd_segment, entry.ssd_page, entry.ssd_bytes,
-                    entry.ssd_codec,   entry.checksum, entry.ssd_checksum};
-    return record;
-}
-
-std::vector<SsdRecord> StoreCore::Describe(NamespaceId ns, const BlockHash *hashes,
-                                           std::size_t n) const {
-    std::vector<EntryId> found(n);
-    std::vector<SsdRecord> records;
-    ReadLock lock(mutex_);
-    index_.FindMany(ns, hashes, n, found.data());
-    for (std::size_t i = 0; i < n && found[i] != kNoEntry; ++i) {
-        records.push_back(RecordOf(index_[found[i]]));
-    }
-    return records;
-}
-
-std::vector<BlockHash> StoreCore::SsdGap(NamespaceId ns, const BlockHash &hash) const {
-    ReadLock lock(mutex_);
-    std::vector<BlockHash> gap;
-    for (EntryId id = index_.Find(ns, hash); id != kNoEntry && !index_[id].on_ssd();
-         id = index_[id].parent) {
-        gap.push_back(index_[id].hash);
-    }
-    std::reverse(gap.begin(), gap.end());
-    return gap;
-}
-
-void StoreCore::ForgetSsd(EntryId id) {
-    Entry &entry = index_[id];
-    garbage_.push_back(RecordOf(entry));
-    Emit(EventKind::kRemoved, TierKind::kSsd, entry);
-    entry.ssd_segment = kNotOnSsd;
-    --stats_.ssd_blocks;
-}
-
-void StoreCore::DropSsd(NamespaceId ns, const BlockHash &hash, std::uint32_t segment,
-                        std::uint32_t page) {
-    WriteLock lock(mutex_);
-    const EntryId id = index_.Find(ns, hash);
-    if (id == kNoEntry || index_[id].ssd_segment != segment || index_[id].ssd_page != page) return;
-    DropSsdCopies(id);
-}
-
-// Drops the ssd copies of a block and of all that continue it. What is then not ready in the cpu
-// tier cannot be had any more, and goes too; a read into its slot that is under way ends in
-// nothing.
-void StoreCore::DropSsdCopies(EntryId root) {
-    std::vector<EntryId> subtree;
-    CollectSubtree(root, &subtree);
-    for (std::size_t i = subtree.size(); i-- > 0;) {
-        const EntryId id = subtree[i];
-        if (!index_[id].on_ssd()) continue;
-        ForgetSsd(id);
-        if (index_[id].cpu != CpuState::kReady) Drop(id);
-    }
-}
-
-void StoreCore::MoveSsd(const SsdRecord *records, const SsdPlace *places, std::size_t n) {
-    WriteLock lock(mutex_);
-    for (std::size_t i = 0; i < n; ++i) {
-        const SsdRecord &record = records[i];
-        const EntryId id = index_.Find(record.namespace_id, record.hash);
-        if (id == kNoEntry || index_[id].ssd_segment != record.place.segment ||
-            index_[id].ssd_page != record.place.page) {
-            SsdRecord moved = record;
-            moved.place = places[i];
-            garbage_.push_back(moved);
-            continue;
-        }
-        index_[id].ssd_segment = places[i].segment;
-        index_[id].ssd_page = places[i].page;
-        index_[id].used = false;
-    }
-}
-
-void StoreCore::Survivors(const SsdRecord *records, std::size_t n, bool *keep) {
-    WriteLock lock(mutex_);
-    for (std::size_t i = 0; i < n; ++i) {
-        const SsdRecord &record = records[i];
-        const EntryId id = index_.Find(record.namespace_id, record.hash);
-        keep[i] = id != kNoEntry && index_[id].ssd_segment == record.place.segment &&
-                  index_[id].ssd_page == record.place.page &&
-                  (index_[id].used || index_[id].leases > 0 || index_[id].first_child != kNoEntry);
-    }
-}
-
-std::size_t StoreCore::Restore(const SsdRecord *records, std::size_t n) {
-    WriteLock lock(mutex_);
-    std::vector<EntryId> ids(n, kNoEntry);
-    for (std::size_t i = 0; i < n; ++i) {
-        const SsdRecord &record = records[i];
-        if (index_.Find(record.namespace_id, record.hash) != kNoEntry) continue;
-        ids[i] = index_.Insert(record.namespace_id, record.hash);
-        ++stats_.blocks;
-        ++stats_.ssd_blocks;
-        Entry &entry = index_[ids[i]];
-        entry.depth = record.depth;
-        entry.checksum = record.place.checksum;
-        entry.ssd_segment = record.place.segment;
-        entry.ssd_page = record.place.page;
-        entry.ssd_bytes = record.place.stored_bytes;
-        entry.ssd_codec = record.place.codec;
-        entry.ssd_checksum = record.place.stored_checksum;
-    }
-    for (std::size_t i = 0; i < n; ++i) {
-        if (ids[i] == kNoEntry || records[i].depth <= 1) continue;
-        const EntryId parent = index_.Find(records[i].namespace_id, records[i].parent);
-        if (parent != kNoEntry && index_[parent].depth + 1 == records[i].depth) {
-            index_.LinkChild(parent, ids[i]);
-        }
-    }
-    std::size_t restored = 0;
-    std::vector<EntryId> unreachable;
-    for (std::size_t i = 0; i < n; ++i) {
-        if (ids[i] == kNoEntry || index_[ids[i]].parent != kNoEntry) continue;
-        if (index_[ids[i]].depth > 1) {
-            unreachable.push_back(ids[i]);
-            continue;
-        }
-        std::vector<EntryId> subtree;
-        CollectSubtree(ids[i], &subtree);
-        restored += subtree.size();
-        for (const EntryId id : subtree) {
-            index_[id].rooted = index_[id].depth > 0;
-            Emit(EventKind::kStored, TierKind::kSsd, index_[id]);
-        }
-    }
-    for (const EntryId id : unreachable) Drop(id);
-    return restored;
-}
-
-std::vector<SsdRecord> StoreCore::TakeGarbage() {
-    WriteLock lock(mutex_);
-    return std::exchange(garbage_, {});
-}
-
 // --- watching
 
 void StoreCore::EnableEvents(std::size_t capacity) {
@@ -743,28 +572,33 @@ void StoreCore::EnableEvents(std::size_t capacity) {
 
 void StoreCore::Emit(EventKind kind, TierKind tier, const Entry &entry) {
     if (muted_) return;
-    ++event_sequence_;
+    NamespaceInfo &space = namespaces_[entry.namespace_id];
+    ++space.event_sequence;
     if (events_capacity_ == 0) return;
-    if (events_.size() == events_capacity_) {
-        events_.pop_front();
-        ++stats_.events_dropped;
-    }
+    if (space.events.size() == events_capacity_) space.events.pop_front();
     Event event;
-    event.sequence = event_sequence_;
+    event.sequence = space.event_sequence;
     event.kind = kind;
     event.tier = tier;
     event.namespace_id = entry.namespace_id;
     event.hash = entry.hash;
     event.parent = ParentHash(entry);
     event.depth = entry.depth;
-    events_.push_back(event);
+    space.events.push_back(event);
 }
 
-std::vector<Event> StoreCore::TakeEvents() {
-    WriteLock lock(mutex_);
-    std::vector<Event> taken(events_.begin(), events_.end());
-    events_.clear();
-    return taken;
+std::uint64_t StoreCore::EventSequence(NamespaceId ns) const {
+    ReadLock lock(mutex_);
+    return namespaces_[ns].event_sequence;
+}
+
+std::vector<Event> StoreCore::EventsAfter(NamespaceId ns, std::uint64_t after) const {
+    ReadLock lock(mutex_);
+    const std::deque<Event> &events = namespaces_[ns].events;
+    if (events.empty() || after >= events.back().sequence) return {};
+    const std::uint64_t seen =
+        after + 1 > events.front().sequence ? after + 1 - events.front().sequence : 0;
+    return {events.begin() + static_cast<std::ptrdiff_t>(seen), events.end()};
 }
 
 CoreStats StoreCore::Stats() const {

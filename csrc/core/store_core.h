@@ -87,7 +87,7 @@ enum class EventKind : std::uint8_t { kStored = 0, kRemoved = 1, kCleared = 2 };
 enum class TierKind : std::uint8_t { kCpu = 0, kSsd = 1 };
 
 struct Event {
-    std::uint64_t sequence = 0;
+    std::uint64_t sequence = 0;  // of its namespace: 1, 2, 3, ...
     EventKind kind = EventKind::kStored;
     TierKind tier = TierKind::kCpu;
     NamespaceId namespace_id = 0;
@@ -110,7 +110,6 @@ struct CoreStats {
     std::uint64_t refused_no_space = 0;
     std::uint64_t refused_orphan = 0;
     std::uint64_t leases_expired = 0;
-    std::uint64_t events_dropped = 0;
 };
 
 class StoreCore {
@@ -153,12 +152,12 @@ public:
                           ReserveStatus *statuses, Grant *grants);
     // Publishes the reserved blocks, in order, with their checksums; where ok is not null and
     // ok[i] is false, block i is given up. Counts only reserved blocks. Returns false for an
-    // unknown reservation (its owner was released).
-    bool Commit(std::uint64_t reservation, const std::uint64_t *checksums, const bool *ok,
-                std::size_t n);
-    void Abort(std::uint64_t reservation);
-    // Blocks reserved under it; 0 when unknown.
-    std::size_t ReservationSize(std::uint64_t reservation) const;
+    // unknown reservation (its owner was released) and for another owner's.
+    bool Commit(OwnerId owner, std::uint64_t reservation, const std::uint64_t *checksums,
+                const bool *ok, std::size_t n);
+    void Abort(OwnerId owner, std::uint64_t reservation);
+    // Blocks reserved under it; 0 when unknown or another owner's.
+    std::size_t ReservationSize(OwnerId owner, std::uint64_t reservation) const;
 
     // --- reading
     // Pins the leading blocks that are ready in the cpu tier. Returns how many; the lease is 0 when
@@ -166,8 +165,9 @@ public:
     // blocks; the store's own reads (write-behind, promotion) are none.
     std::size_t Acquire(OwnerId owner, NamespaceId ns, const BlockHash *hashes, std::size_t n,
                         std::int64_t expires_ns, bool use, LeaseId *lease, Grant *grants);
-    // False when the lease is unknown: it had expired, and what was read may be another block's.
-    bool Release(LeaseId lease);
+    // False when the lease is unknown or another owner's: it had expired, and what was read may be
+    // another block's.
+    bool Release(OwnerId owner, LeaseId lease);
     // Ends leases whose time has come; returns how many.
     std::size_t ExpireLeases();
 
@@ -176,8 +176,8 @@ public:
     void Clear(NamespaceId ns);
 
     // --- the ssd tier's side
-    // Block hashes[i] now lies at places[i] as well. Where the block is gone, or its parent is not
-    // on ssd, the place becomes garbage.
+    // Block hashes[i] now lies at places[i] as well. Where the block is gone or has other bytes by
+    // now, or its parent is not on ssd, the place becomes garbage.
     void SetSsd(NamespaceId ns, const BlockHash *hashes, const SsdPlace *places, std::size_t n);
     // What is known of leading blocks; ends at the first unknown one. A block that is not on ssd
     // has place.segment == kNotOnSsd.
@@ -198,8 +198,13 @@ public:
     std::vector<SsdRecord> TakeGarbage();
 
     // --- watching
+    // Keep the last `capacity` events of each namespace from now on.
     void EnableEvents(std::size_t capacity);
-    std::vector<Event> TakeEvents();
+    // The number of the namespace's last event, kept or not.
+    std::uint64_t EventSequence(NamespaceId ns) const;
+    // The kept events of a namespace after number `after`. Readers do not disturb each other; one
+    // that fell behind sees that the first number it gets is not after + 1.
+    std::vector<Event> EventsAfter(NamespaceId ns, std::uint64_t after) const;
     CoreStats Stats() const;
 
     Arena &arena() { return *arena_; }
@@ -208,6 +213,8 @@ private:
     struct NamespaceInfo {
         std::size_t block_bytes;
         SizeClass size_class;
+        std::uint64_t event_sequence = 0;
+        std::deque<Event> events{};
     };
     struct ClassState {
         std::unique_ptr<EvictionPolicy> policy;
@@ -254,6 +261,7 @@ private:
     void MaybeDue(EntryId id);
     void FreeDetached(EntryId id);
     void EndLease(const Lease &lease);
+    std::size_t EndOverdueLeases();
     void Emit(EventKind kind, TierKind tier, const Entry &entry);
     SsdRecord RecordOf(const Entry &entry) const;
 
@@ -273,9 +281,7 @@ private:
     std::uint64_t next_sequence_ = 2;  // of slots: never repeats, so a stale grant never matches
     std::vector<EntryId> fresh_;       // became ready in this Commit, not yet known to the policy
     std::vector<SsdRecord> garbage_;
-    std::deque<Event> events_;
     std::size_t events_capacity_ = 0;
-    std::uint64_t event_sequence_ = 0;
     bool muted_ = false;  // within Clear, which is one event
     CoreStats stats_;
 };

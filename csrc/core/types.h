@@ -1,6 +1,7 @@
 // The integers and the hash that everything in csrc speaks of, each a type of its own.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 
@@ -27,6 +28,9 @@ using NamespaceId = std::uint32_t;  // ordinal of a registered Namespace
 using EntryId = std::uint32_t;      // place of a block in the index
 using SlotId = std::uint32_t;       // place of a block in the arena
 using LeaseId = std::uint64_t;
+
+// Unit of slots and of disk extents: what O_DIRECT asks of both.
+inline constexpr std::size_t kPageBytes = 4096;
 
 inline constexpr EntryId kNoEntry = UINT32_MAX;
 inline constexpr SlotId kNoSlot = UINT32_MAX;

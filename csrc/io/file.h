@@ -9,10 +9,11 @@
 #include <functional>
 #include <memory>
 
+#include "core/types.h"
+
 namespace kvstore {
 
 // What O_DIRECT asks of offsets, addresses and lengths, whatever the device's sector size.
-inline constexpr std::size_t kPageBytes = 4096;
 
 struct IoRequest {
     int fd;

@@ -88,13 +88,17 @@ Chain AsChain(const Hashes &hashes, std::int64_t start, const std::optional<py::
     return {hashes.data, hashes.n, start, before};
 }
 
-void CheckIds(const CopyPlan &plan, const StoreCore &core, NamespaceId ns,
-              const Array<std::int64_t> &ids, std::size_t n) {
+void CheckIds(const CopyPlan &plan, StoreCore &core, NamespaceId ns, const Array<std::int64_t> &ids,
+              std::size_t n) {
     CheckLength(ids, n, "block_ids");
     if (plan.block_bytes != core.block_bytes(ns)) {
         throw std::invalid_argument("the buffers' blocks have " + std::to_string(plan.block_bytes) +
                                     " bytes, the namespace's " +
                                     std::to_string(core.block_bytes(ns)));
+    }
+    const Arena &arena = core.arena();
+    if (TouchesEngine(plan, reinterpret_cast<std::uintptr_t>(arena.base()), arena.bytes())) {
+        throw std::invalid_argument("the buffers overlap the store's arena");
     }
     const std::int64_t *data = ids.data();
     for (std::size_t i = 0; i < n; ++i) {
@@ -207,17 +211,17 @@ py::tuple Reserve(StoreCore &core, OwnerId owner, NamespaceId ns,
         Column<std::uint64_t>(grants, hashes.n, [](const Grant &g) { return g.payload_offset; }));
 }
 
-bool Commit(StoreCore &core, std::uint64_t reservation,
+bool Commit(StoreCore &core, OwnerId owner, std::uint64_t reservation,
             const std::optional<Array<std::uint64_t>> &checksums,
             const std::optional<Array<bool>> &ok) {
-    const std::size_t n = core.ReservationSize(reservation);
+    const std::size_t n = core.ReservationSize(owner, reservation);
     if (n == 0) return false;
     if (checksums) CheckLength(*checksums, n, "checksums");
     if (ok) CheckLength(*ok, n, "ok");
     const std::uint64_t *sums = checksums ? checksums->data() : nullptr;
     const bool *flags = ok ? ok->data() : nullptr;
     py::gil_scoped_release unlocked;
-    return core.Commit(reservation, sums, flags, n);
+    return core.Commit(owner, reservation, sums, flags, n);
 }
 
 py::tuple Acquire(StoreCore &core, OwnerId owner, NamespaceId ns,
@@ -252,8 +256,8 @@ py::tuple Put(StoreCore &core, OwnerId owner, NamespaceId ns, const Array<std::u
         py::gil_scoped_release unlocked;
         result = PutBlocks(core, owner, ns, chain, plan, ids.data(), threads);
     }
-    return py::make_tuple(result.num_stored, result.num_present, result.num_pending,
-                          result.num_no_space, result.num_orphan);
+    return py::make_tuple(result.num_leading, result.num_stored, result.num_present,
+                          result.num_pending, result.num_no_space, result.num_orphan);
 }
 
 py::tuple Load(StoreCore &core, OwnerId owner, NamespaceId ns,
@@ -274,13 +278,13 @@ py::tuple Load(StoreCore &core, OwnerId owner, NamespaceId ns,
 
 py::dict StatsDict(const CoreStats &s) {
     using namespace py::literals;
-    return py::dict(
-        "blocks"_a = s.blocks, "cpu_blocks"_a = s.cpu_blocks, "ssd_blocks"_a = s.ssd_blocks,
-        "cpu_used_bytes"_a = s.cpu_used_bytes, "cpu_capacity_bytes"_a = s.cpu_capacity_bytes,
-        "index_bytes"_a = s.index_bytes, "leases"_a = s.leases, "reservations"_a = s.reservations,
-        "committed"_a = s.committed, "evicted"_a = s.evicted,
-        "refused_no_space"_a = s.refused_no_space, "refused_orphan"_a = s.refused_orphan,
-        "leases_expired"_a = s.leases_expired, "events_dropped"_a = s.events_dropped);
+    return py::dict("blocks"_a = s.blocks, "cpu_blocks"_a = s.cpu_blocks,
+                    "ssd_blocks"_a = s.ssd_blocks, "cpu_used_bytes"_a = s.cpu_used_bytes,
+                    "cpu_capacity_bytes"_a = s.cpu_capacity_bytes, "index_bytes"_a = s.index_bytes,
+                    "leases"_a = s.leases, "reservations"_a = s.reservations,
+                    "committed"_a = s.committed, "evicted"_a = s.evicted,
+                    "refused_no_space"_a = s.refused_no_space,
+                    "refused_orphan"_a = s.refused_orphan, "leases_expired"_a = s.leases_expired);
 }
 
 // The methods of the ssd tier's side, apart from the rest for length.
@@ -492,10 +496,12 @@ void BindCore(py::module_ &m) {
             "namespace_id"_a, "hashes"_a, "start"_a, "want"_a, "timeout_seconds"_a)
         .def("reserve", &Reserve, "owner"_a, "namespace_id"_a, "hashes"_a, "start"_a, "parent"_a,
              "only_from_ssd"_a)
-        .def("commit", &Commit, "reservation"_a, "checksums"_a, "ok"_a)
-        .def("abort", &StoreCore::Abort, "reservation"_a, py::call_guard<py::gil_scoped_release>())
+        .def("commit", &Commit, "owner"_a, "reservation"_a, "checksums"_a, "ok"_a)
+        .def("abort", &StoreCore::Abort, "owner"_a, "reservation"_a,
+             py::call_guard<py::gil_scoped_release>())
         .def("acquire", &Acquire, "owner"_a, "namespace_id"_a, "hashes"_a, "ttl_seconds"_a, "use"_a)
-        .def("release", &StoreCore::Release, "lease"_a, py::call_guard<py::gil_scoped_release>())
+        .def("release", &StoreCore::Release, "owner"_a, "lease"_a,
+             py::call_guard<py::gil_scoped_release>())
         .def("expire_leases", &StoreCore::ExpireLeases, py::call_guard<py::gil_scoped_release>())
         .def("put", &Put, "owner"_a, "namespace_id"_a, "hashes"_a, "start"_a, "parent"_a, "plan"_a,
              "block_ids"_a, "threads"_a)
@@ -519,16 +525,26 @@ void BindCore(py::module_ &m) {
             },
             "namespace_id"_a)
         .def("enable_events", &StoreCore::EnableEvents, "capacity"_a)
-        .def("take_events",
-             [](StoreCore &self) {
-                 std::vector<PackedEvent> packed;
-                 for (const Event &e : self.TakeEvents()) {
-                     packed.push_back({e.sequence, static_cast<std::uint8_t>(e.kind),
-                                       static_cast<std::uint8_t>(e.tier), e.namespace_id, e.hash,
-                                       e.parent, e.depth});
-                 }
-                 return AsBytes(packed);
-             })
+        .def(
+            "event_sequence",
+            [](const StoreCore &self, NamespaceId ns) {
+                CheckNamespace(self, ns);
+                return self.EventSequence(ns);
+            },
+            "namespace_id"_a)
+        .def(
+            "events_after",
+            [](const StoreCore &self, NamespaceId ns, std::uint64_t after) {
+                CheckNamespace(self, ns);
+                std::vector<PackedEvent> packed;
+                for (const Event &e : self.EventsAfter(ns, after)) {
+                    packed.push_back({e.sequence, static_cast<std::uint8_t>(e.kind),
+                                      static_cast<std::uint8_t>(e.tier), e.namespace_id, e.hash,
+                                      e.parent, e.depth});
+                }
+                return AsBytes(packed);
+            },
+            "namespace_id"_a, "after"_a)
         .def("stats", [](const StoreCore &self) { return StatsDict(self.Stats()); })
         .def_property_readonly("arena_fd", [](StoreCore &self) { return self.arena().fd(); })
         .def_property_readonly("arena_bytes", [](StoreCore &self) { return self.arena().bytes(); })

@@ -294,7 +294,7 @@ void BindHash(py::module_ &m) {
         "set_hash_simd_limit",
         [](int level) {
             if (level < 0 || level > 2) throw py::value_error("level: 0, 1 or 2");
-            SetHashSimdLimit(static_cast<SimdLevel>(level));
+            SetHashSimdLimit(static_cast<HashSimdLevel>(level));
         },
         py::arg("level"));
 }

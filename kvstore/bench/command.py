@@ -96,15 +96,16 @@ def bench(
         bool, typer.Option("--quick", help="Small sizes and few rounds: only an indication.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+    as_markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print a Markdown table.")
+    ] = False,
 ) -> None:
     """Measure this machine: what the store does, beside memcpy, the disk and plain Python."""
     names = [name for text in only or () for name in text.split(",") if name]
     console = Console(stderr=True)
     with contextlib.ExitStack() as stack:
-        progress: Callable[[str], None] = lambda _: None
+        status = console.status("measuring")
         if console.is_terminal:
-            status = stack.enter_context(console.status("measuring"))
-            progress = lambda name: status.update(f"measuring {name} ...")
-        figures = run(names, directory, quick, progress)
+            stack.enter_context(status)
+        figures = run(names, directory, quick, lambda name: status.update(f"measuring {name} ..."))
     Report(figures, quick).show(as_json=as_json, as_markdown=as_markdown)

@@ -191,7 +191,9 @@ def index(scale: Scale) -> list[Figure]:
     return [
         Figure("index_bytes_per_block", held / many, "bytes", 128 * many / held, "128 bytes"),
         Figure("index_lookup_growth", growth, f"x at {many:,} blocks", 1 / growth, against),
-        Figure("index_match_growth", match_growth, f"x at {many:,} blocks", 1 / match_growth, against),
+        Figure(
+            "index_match_growth", match_growth, f"x at {many:,} blocks", 1 / match_growth, against
+        ),
         Figure("index_lookup_ns", median(taken["count many"]) / batch * 1e9, "ns"),
     ]
 

@@ -1,4 +1,4 @@
-"""One shape for all figures: {"commit", "machine", "figures": [...]}, as JSON, table or Markdown."""
+"""One shape for all figures: {"commit", "machine", "figures"}, as JSON, table or Markdown."""
 
 from __future__ import annotations
 

@@ -155,7 +155,8 @@ def disk_figures(
     kind = _native.IoQueue(kind, 1).kind
     limit: Callable[[Path, str, int], Rates] = fio if shutil.which("fio") else bare_queue
     limit_name = f"{'fio' if limit is fio else 'bare IoQueue'}, {kind}, depth {DEPTH}"
-    mine, theirs = [], []
+    mine: list[Rates] = []
+    theirs: list[Rates] = []
     with tempfile.TemporaryDirectory(prefix="kvstore-bench-", dir=directory) as scratch:
         for number in range(rounds):
             for measure, rates in ((limit, theirs), (ours, mine))[:: 1 if number % 2 else -1]:
@@ -165,7 +166,9 @@ def disk_figures(
         seconds, limit_seconds = (
             1 / np.array([rates[i] for rates in taken]) for taken in (mine, theirs)
         )
-        figures.append(Figure(f"disk_{name}", 1e-9 / median(limit_seconds), "GB/s", None, limit_name))
+        figures.append(
+            Figure(f"disk_{name}", 1e-9 / median(limit_seconds), "GB/s", None, limit_name)
+        )
         ratio = speedup(seconds, limit_seconds)
         figures.append(
             Figure(f"ssd_{name}_1MiB", 1e-9 / median(seconds), "GB/s", ratio, limit_name)
@@ -174,9 +177,7 @@ def disk_figures(
 
 
 def limits(scale: Scale, directory: Path) -> list[Figure]:
-    return disk_figures(
-        directory, mebibytes=scale.pick(1024, CALL_BLOCKS), rounds=scale.pick(5, 2)
-    )
+    return disk_figures(directory, mebibytes=scale.pick(1024, CALL_BLOCKS), rounds=scale.pick(5, 2))
 
 
 def _write_small_blocks(path: Path, count: int) -> None:

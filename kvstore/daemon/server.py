@@ -11,14 +11,15 @@ checked.
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
 import secrets
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +33,7 @@ from kvstore.block import BlockHashes, Namespace
 from kvstore.control import ACK_LEVELS
 from kvstore.errors import (
     ConfigError,
+    DeadlineExceededError,
     IncompatibleError,
     InUseError,
     KVStoreError,
@@ -44,6 +46,7 @@ from kvstore.tiers.local import LocalControl, Tiers
 log = logging.getLogger(__name__)
 
 CONNECTIONS_MAX = 256
+_ACCEPT_PAUSE_SECONDS = 0.05
 _TIMEOUT_SECONDS_MAX = 3600.0
 
 
@@ -92,6 +95,9 @@ class Server:
                 return
             self._closing = True
             connections = list(self._connections)
+            clients = list(self._clients.values())
+        for client in clients:
+            client.control.close()  # ends waits under way
         for connection in [self._listener, *connections]:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
@@ -117,8 +123,10 @@ class Server:
             try:
                 connection, _ = self._listener.accept()
             except OSError as error:
-                if self._closing or error.errno != errno.EMFILE:
+                if self._closing:
                     return
+                log.warning("accept: %s", error)
+                time.sleep(_ACCEPT_PAUSE_SECONDS)  # out of descriptors: some client will leave
                 continue
             thread = threading.Thread(
                 target=self._serve, args=(connection,), name="kvstore-connection", daemon=True
@@ -254,6 +262,8 @@ def _answer(control: LocalControl, request: wire.Request) -> wire.Reply:
         raise IncompatibleError("Hello again")
     try:
         return handler(control, request)
+    except FutureTimeoutError:
+        return wire.Failure(DeadlineExceededError.__name__, "the daemon's own deadline")
     except (KVStoreError, ValueError, LookupError, TypeError) as error:
         return wire.Failure(type(error).__name__, str(error))
 
@@ -296,10 +306,6 @@ def _commit(control: LocalControl, request: wire.Commit) -> wire.Reply:
     return wire.Value("memory" if level is None else level.result(60.0))
 
 
-def _events(control: LocalControl, _: wire.Events) -> wire.Reply:
-    return wire.Packed(control.namespace_id.to_bytes(4, "little") + control.packed_events())
-
-
 def _value(ask: Callable[[LocalControl, Any], Any]) -> Callable[[LocalControl, Any], wire.Reply]:
     return lambda control, request: wire.Value(ask(control, request))
 
@@ -308,7 +314,7 @@ _HANDLERS: dict[type, Callable[[LocalControl, Any], wire.Reply]] = {
     wire.Acquire: _acquire,
     wire.Reserve: _reserve,
     wire.Commit: _commit,
-    wire.Events: _events,
+    wire.Events: lambda c, _: wire.Packed(c.packed_events()),
     wire.Match: _value(lambda c, r: c.match(_hashes(r.chain))),
     wire.Residency: lambda c, r: wire.Packed(c.residency(_hashes(r.chain)).tobytes()),
     wire.Describe: lambda c, r: wire.Packed(c.describe(_hashes(r.chain))),

@@ -6,10 +6,14 @@ namespace. The embedded store has one, a daemon has one for each client.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
+import time
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,14 +24,26 @@ from kvstore.block import BlockHashes, Namespace
 from kvstore.config import StoreConfig
 from kvstore.control import Ack, Granted, Offsets, Reserved
 from kvstore.errors import ConfigError, OutOfSpaceError, StoreClosedError
-from kvstore.events import Event, decode_events
+from kvstore.events import Event, decode_events, last_sequence
 from kvstore.metrics import Counters
 from kvstore.tiers.promotion import Promoter
 from kvstore.tiers.ssd_side import SsdSide
 from kvstore.tiers.write_behind import Job
 from kvstore.transfer import TransferResult
 
-EVENT_CAPACITY = 1 << 16  # 80 B each; a reader that falls further behind sees a gap
+IN_CPU = 1 | 4  # residency: ready, or being written
+PROMISE_SECONDS = 10.0  # how long a put at a level above memory waits for room in the queue
+EVENT_CAPACITY = 1 << 16  # of a namespace, 96 B each; a reader further behind sees a gap
+_WAIT_SLICE_SECONDS = 0.25
+
+
+def memory_bytes() -> int:
+    """Return how much memory this process may use: the machine's, or its control group's."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
+            limits.append(int(Path(path).read_text()))
+    return min(limits)
 
 
 class Tiers:
@@ -55,6 +71,10 @@ class Tiers:
             raise ConfigError(
                 f"cpu: {config.cpu_bytes} bytes do not hold one block of {first_block_bytes} bytes"
             )
+        # Asked for, the kernel would go on finding pages until it kills somebody.
+        there = memory_bytes()
+        if config.cpu_bytes > there:
+            raise OutOfSpaceError(f"cpu: {config.cpu_bytes} bytes, this machine has {there} bytes")
         try:
             self.core = _native.StoreCore(
                 config.cpu_bytes, chunk, config.huge_pages, config.eviction
@@ -65,9 +85,13 @@ class Tiers:
         self.ssd: SsdSide | None = None
         if config.ssd:
             self.ssd = SsdSide(config, self.core, self.counters, self.arena.ctypes.data)
-            for digest, namespace in self.ssd.stored_namespaces():
-                self._namespaces[digest] = self._add_namespace(namespace)
-            self.ssd.restore()
+            try:
+                for digest, namespace in self.ssd.stored_namespaces():
+                    self._namespaces[digest] = self._add_namespace(namespace)
+                self.ssd.restore()
+            except BaseException:
+                self.ssd.close()  # gives the directory back
+                raise
         self._promoter = Promoter(self.core, self.ssd, self.counters)
 
     def bind(self, namespace: Namespace) -> int:
@@ -133,7 +157,10 @@ class LocalControl:
         self._namespace = namespace
         self._id = tiers.bind(namespace)
         self._owner = self._core.new_owner()
+        self._events_lock = threading.Lock()
+        self._events_seen: int | None = None  # None until somebody asks for events
         self._owns_tiers = owns_tiers
+        self._closed = False
         self._block_bytes = namespace.spec.block_bytes
 
     @property
@@ -150,6 +177,8 @@ class LocalControl:
 
     @property
     def arena(self) -> npt.NDArray[np.uint8]:
+        if self._closed:  # leases and reservations ended with it: their slots are others' now
+            raise StoreClosedError("the store is closed")
         return self._tiers.arena
 
     # --- looking
@@ -164,7 +193,14 @@ class LocalControl:
         return self._core.describe(self._id, hashes.array)
 
     def wait_for(self, hashes: BlockHashes, want: int, timeout: float) -> int:
-        return self._core.wait_for(self._id, hashes.array, hashes.start, want, timeout)
+        # In slices, so that a store that is closed does not wait for its waiters.
+        deadline = time.monotonic() + timeout
+        while True:
+            left = deadline - time.monotonic()
+            step = min(left, _WAIT_SLICE_SECONDS)
+            there = self._core.wait_for(self._id, hashes.array, hashes.start, want, step)
+            if there >= min(want, len(hashes)) or step == left or self._closed:
+                return there
 
     # --- reading
 
@@ -176,7 +212,9 @@ class LocalControl:
             if available > in_cpu:
                 granted = self._promote_and_acquire(hashes[:available], granted, ttl, timeout)
         held = len(granted.offsets)
-        self._count(len(hashes), min(in_cpu, held), max(0, held - in_cpu))
+        hit_cpu = min(in_cpu, held)
+        num_bytes = held * self._block_bytes
+        self._tiers.counters.add_load(len(hashes), hit_cpu, held - hit_cpu, num_bytes)
         return granted
 
     def _promote_and_acquire(
@@ -184,31 +222,24 @@ class LocalControl:
     ) -> Granted:
         # The lease on what is in DRAM stays until all is, so that reading the tail cannot push the
         # head out.
-        future = self._tiers.promote(self._id, hashes[len(granted.offsets) :])
         try:
-            future.result(timeout)
+            self._tiers.promote(self._id, hashes[len(granted.offsets) :]).result(timeout)
         except FutureTimeoutError:
             self._tiers.counters.add("deadline_exceeded")
+        except BaseException as error:
+            self._core.release(self._owner, granted.lease)
+            if isinstance(error, CancelledError):
+                raise StoreClosedError("the store is closed") from None
+            raise
         longer = self._acquire(hashes, ttl)
-        if granted.lease:
-            self._core.release(granted.lease)
+        self._core.release(self._owner, granted.lease)
         return longer
 
     def _acquire(self, hashes: BlockHashes, ttl: float | None) -> Granted:
         return Granted(*self._core.acquire(self._owner, self._id, hashes.array, ttl, True))
 
-    def _count(self, queried: int, hit_cpu: int, hit_ssd: int) -> None:
-        found = hit_cpu + hit_ssd
-        self._tiers.counters.add_all(
-            queried_blocks=queried,
-            hit_cpu_blocks=hit_cpu,
-            hit_ssd_blocks=hit_ssd,
-            missed_blocks=queried - found,
-            loaded_bytes=found * self._block_bytes,
-        )
-
     def release(self, lease: int) -> bool:
-        return self._core.release(lease)
+        return self._core.release(self._owner, lease)
 
     def load(
         self,
@@ -217,19 +248,22 @@ class LocalControl:
         block_ids: npt.NDArray[np.int64],
         verify: bool,
         threads: int,
-    ) -> int:
-        """Load what is in the cpu tier in one native call; return how many leading blocks.
+    ) -> tuple[int, bool]:
+        """Load what is in the cpu tier in one native call.
 
-        Counts only a full hit: for anything less the caller goes on to `acquire`, which counts.
+        Returns how many leading blocks, and whether that is all there is in any tier. If it is not,
+        nothing is counted yet: the caller goes on to `acquire`, which counts.
         """
         loaded, corrupt = self._core.load(
             self._owner, self._id, hashes.array, plan, block_ids, verify, threads
         )
         if corrupt:
             self._tiers.counters.add("integrity_failures")
-        if loaded == len(hashes):
-            self._count(loaded, loaded, 0)
-        return loaded
+        is_all = loaded == len(hashes) or self._tiers.ssd is None or self.match(hashes) <= loaded
+        if is_all:
+            num_bytes = loaded * self._block_bytes
+            self._tiers.counters.add_load(len(hashes), loaded, 0, num_bytes)
+        return loaded, is_all
 
     def prefetch(self, hashes: BlockHashes) -> Future[TransferResult]:
         available = self.match(hashes)
@@ -245,7 +279,7 @@ class LocalControl:
         threads: int,
     ) -> TransferResult:
         """Reserve, copy and commit in one native call, at level memory."""
-        stored, present, pending, no_space, orphan = self._core.put(
+        leading, stored, present, pending, no_space, orphan = self._core.put(
             self._owner,
             self._id,
             hashes.array,
@@ -258,9 +292,7 @@ class LocalControl:
         self._tiers.counters.add("stored_bytes", stored * self._block_bytes)
         if stored and self._tiers.ssd is not None:
             self._tiers.ssd.write_later(self._job(hashes))
-        return TransferResult(
-            stored + present, stored, present, pending, no_space, orphan, ack="memory"
-        )
+        return TransferResult(leading, stored, present, pending, no_space, orphan, ack="memory")
 
     def reserve(self, hashes: BlockHashes) -> Reserved:
         return Reserved(
@@ -273,7 +305,7 @@ class LocalControl:
         self, reservation: int, checksums: Offsets, hashes: BlockHashes, ack: Ack
     ) -> Future[Ack] | None:
         if reservation:
-            if not self._core.commit(reservation, checksums, None):
+            if not self._core.commit(self._owner, reservation, checksums, None):
                 raise StoreClosedError("the reservation is gone: its owner was released")
             self._tiers.counters.add("stored_bytes", len(checksums) * self._block_bytes)
         if self._tiers.ssd is None:
@@ -284,13 +316,19 @@ class LocalControl:
                 self._tiers.ssd.write_later(job)
             return None
         granted = self._acquire(hashes, None)
-        job.ack, job.lease = ack, granted.lease
+        held = len(granted.offsets)
         future: Future[Ack] = Future()
-        job.future = future
-        timeout = 10.0
-        if len(granted.offsets) < len(hashes) or not self._tiers.ssd.write_later(job, timeout):
-            if granted.lease:
-                self._core.release(granted.lease)
+        # The level is of what was stored. Of a put that was refused in part, the leading blocks.
+        if held == 0 or np.any(self.residency(hashes[held:]) & IN_CPU):
+            self._core.release(self._owner, granted.lease)
+            if reservation:
+                self._tiers.ssd.write_later(job)
+            return _reached("memory")
+        job = self._job(hashes[:held])
+        job.ack, job.future = ack, future
+        job.owner, job.lease = self._owner, granted.lease
+        if not self._tiers.ssd.write_later(job, PROMISE_SECONDS):
+            self._core.release(self._owner, granted.lease)
             return _reached("memory")
         return future
 
@@ -298,12 +336,15 @@ class LocalControl:
         return Job(self._id, hashes.array, len(hashes) * self._block_bytes)
 
     def abort(self, reservation: int) -> None:
-        self._core.abort(reservation)
+        self._core.abort(self._owner, reservation)
 
     # --- removing and watching
 
     def remove(self, hashes: BlockHashes) -> int:
-        return self._core.remove(self._id, hashes.array)
+        removed = self._core.remove(self._id, hashes.array)
+        if removed and self._tiers.ssd is not None:
+            self._tiers.ssd.forget_later()
+        return removed
 
     def report_corrupt(self, block_hash: bytes) -> None:
         self._tiers.counters.add("integrity_failures")
@@ -311,21 +352,29 @@ class LocalControl:
 
     def clear(self) -> None:
         self._core.clear(self._id)
+        if self._tiers.ssd is not None:
+            self._tiers.ssd.forget_later()
 
     def flush(self, timeout: float) -> bool:
         return self._tiers.ssd is None or self._tiers.ssd.flush(timeout)
 
     def packed_events(self) -> bytes:
-        self._tiers.enable_events()
-        return self._core.take_events()
+        with self._events_lock:
+            if self._events_seen is None:
+                self._tiers.enable_events()
+                self._events_seen = self._core.event_sequence(self._id)
+            packed = self._core.events_after(self._id, self._events_seen)
+            self._events_seen = last_sequence(packed, self._events_seen)
+        return packed
 
     def events(self) -> Iterator[Event]:
-        return decode_events(self.packed_events(), self._id, self._namespace.spec.block_tokens)
+        return decode_events(self.packed_events(), self._namespace.spec.block_tokens)
 
     def stats(self) -> dict[str, Any]:
         return self._tiers.stats()
 
     def close(self) -> None:
+        self._closed = True
         self._core.release_owner(self._owner)
         if self._owns_tiers:
             self._tiers.close()

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from kvstore import _native
 from kvstore.block import BlockHashes
 from kvstore.control import PRESENT, RESERVED
+from kvstore.errors import StoreClosedError
 from kvstore.metrics import Counters
 from kvstore.records import Records, records_from
 from kvstore.tiers.ssd_side import NO_CODEC, SsdSide
@@ -34,7 +35,10 @@ class Promoter:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="kvstore-promote")
 
     def submit(self, number: int, hashes: BlockHashes) -> Future[TransferResult]:
-        return self._pool.submit(self._promote, number, hashes)
+        try:
+            return self._pool.submit(self._promote, number, hashes)
+        except RuntimeError:
+            raise StoreClosedError("the store is closed") from None
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -54,7 +58,7 @@ class Promoter:
                 leases.append(lease)
         finally:
             for lease in leases:
-                self._core.release(lease)
+                self._core.release(self._owner, lease)
         return TransferResult(ready, num_missed=len(hashes) - ready)
 
     def _read_batch(self, number: int, part: BlockHashes) -> int:
@@ -71,7 +75,7 @@ class Promoter:
                 if self._ssd is not None:
                     self._fetch(number, part.array[wanted], addresses, ok, sums)
             finally:
-                self._core.commit(reservation, sums, ok)
+                self._core.commit(self._owner, reservation, sums, ok)
             good[wanted] = ok
         bad = np.flatnonzero(~good)
         return int(bad[0]) if len(bad) else len(good)
@@ -93,7 +97,8 @@ class Promoter:
             if len(at) == 0 or (failed is not None and _same_places(failed, rows[at])):
                 break  # all arrived, or nothing moved: a second read would fail alike
             ok[at] = self._ssd.read(number, rows[at], addresses[at])
-            sums[at] = rows["checksum"][at]
+            # Of the bytes on ssd: a later put of the same block may have had others.
+            sums[at] = rows["stored_checksum"][at]
             encoded = at[rows["codec"][at] != NO_CODEC]
             if len(encoded):  # a lossy codec gives other bytes than were put
                 fresh = np.empty(len(encoded), np.uint64)

@@ -208,7 +208,7 @@ class SegmentLog:
         number = self._number + 1
         final = self._directory / f"{number:010d}.seg"
         temporary = final.with_name(final.name + ".tmp")
-        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
             # All blocks now: a full disk shows here and not in the middle of a batch.
             os.posix_fallocate(fd, 0, self._segment_bytes)

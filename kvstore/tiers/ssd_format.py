@@ -259,7 +259,7 @@ def write_checked_json(path: Path, body: dict[str, Any]) -> None:
     text = json.dumps(body, sort_keys=True)
     checked = json.dumps({"body": body, "checksum": _native.io_checksum(text.encode())}, indent=1)
     temporary = path.with_name(path.name + ".tmp")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     try:
         os.write(fd, checked.encode() + b"\n")
         os.fsync(fd)

@@ -83,7 +83,7 @@ def make_sound(path: Path, map_bytes: int) -> bool:
     copied = path.with_name(path.name + ".tmp")
     shutil.rmtree(copied, ignore_errors=True)
     with contextlib.suppress(OSError):  # a full disk must not keep us from reading it
-        copied.mkdir()
+        copied.mkdir(mode=0o700)
     command = [sys.executable, "-I", "-S", "-c", _PROBE, str(Path(lmdb.__file__).parent.parent)]
     command += [str(path), str(max(map_bytes, size)), str(copied) if copied.is_dir() else ""]
     try:
@@ -121,7 +121,7 @@ def create(path: Path, map_bytes: int, rows: Structs, namespaces: dict[int, byte
     """Builds an environment beside `path` and renames it into place once it is on disk."""
     temporary = path.with_name(path.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    temporary.mkdir(mode=0o700)
     index = SsdIndex(temporary, max(map_bytes, 4 * rows.nbytes))
     try:
         index.put_namespaces(namespaces)

@@ -64,8 +64,8 @@ def lock_directory(path: Path) -> int:
     if path.exists() and not path.is_dir():
         raise ConfigError(f"path: {path} is not a directory; give one that is, or a new name.")
     try:
-        path.mkdir(exist_ok=True)
-        fd = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        path.mkdir(mode=0o700, exist_ok=True)
+        fd = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
         raise os_error(error, path, "creating the SSD directory") from error
     try:
@@ -98,7 +98,7 @@ def open_superblock(path: Path) -> bytes:
                 )
             write_superblock(superblock, uuids.uuid4().bytes)
         uuid = read_superblock(superblock)
-        (path / "segments").mkdir(exist_ok=True)
+        (path / "segments").mkdir(mode=0o700, exist_ok=True)
         sync_directory(path)
         sync_directory(path.parent)
     except OSError as error:

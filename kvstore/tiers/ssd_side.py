@@ -116,21 +116,26 @@ class SsdSide:
     def write_later(self, job: Job, timeout: float = 0.0) -> bool:
         return self._writer.submit(job, timeout)
 
+    def forget_later(self) -> None:
+        """Delete the records of removed blocks, or they are back when the directory is opened."""
+        self._writer.submit(Job(0, np.empty((0, 32), np.uint8), 0))
+
     def flush(self, timeout: float) -> bool:
         return self._writer.flush(timeout)
 
     def _write(self, jobs: list[Job]) -> None:
         durable = any(job.ack == "durable" for job in jobs)
         try:
-            for number in sorted({job.namespace_id for job in jobs}):
-                mine = [job for job in jobs if job.namespace_id == number]
+            named = [job for job in jobs if len(job.hashes)]
+            for number in sorted({job.namespace_id for job in named}):
+                mine = [job for job in named if job.namespace_id == number]
                 self._write_blocks(number, self._todo(number, mine), durable)
             if durable:
                 self._tier.sync()
         finally:
             for job in jobs:
                 if job.lease:
-                    self._core.release(job.lease)
+                    self._core.release(job.owner, job.lease)
             self._forget_garbage()
         for job in jobs:
             if job.future is not None:
@@ -152,26 +157,34 @@ class SsdSide:
     def _write_blocks(self, number: int, hashes: npt.NDArray[np.uint8], durable: bool) -> None:
         block_bytes = self._specs[number].spec.block_bytes
         step = max(1, WriteBehind.BATCH_BYTES // block_bytes)
-        for first in range(0, len(hashes), step):
-            part = hashes[first : first + step]
-            lease, offsets, *_ = self._core.acquire(self._owner, number, part, None, False)
+        while len(hashes):
+            part = hashes[:step]
+            lease, offsets, _, _, checksums = self._core.acquire(
+                self._owner, number, part, None, False
+            )
+            held = len(offsets)
             try:
-                self._write_leased(number, part[: len(offsets)], offsets + self._base, durable)
+                self._write_leased(number, part[:held], offsets + self._base, checksums, durable)
             finally:
-                if lease:
-                    self._core.release(lease)
+                self._core.release(self._owner, lease)
+            # Where one has left the cpu tier meanwhile, go on behind it.
+            hashes = hashes[held if held == len(part) else held + 1 :]
 
     def _write_leased(
         self,
         number: int,
         hashes: npt.NDArray[np.uint8],
         addresses: npt.NDArray[np.uint64],
+        checksums: npt.NDArray[np.uint64],
         durable: bool,
     ) -> None:
-        n = len(hashes)
         rows = records_from(self._core.describe(number, hashes))
-        if n == 0 or len(rows) < n:
-            return  # gone since it was leased: nothing continues it either
+        n = len(rows)
+        if n == 0:
+            return
+        # What was removed since it was leased, and what follows it, waits for its next put.
+        hashes, addresses, checksums = hashes[:n], addresses[:n], checksums[:n]
+        rows["checksum"] = checksums  # of the leased bytes, whatever was put under the hash since
         block_bytes = self._specs[number].spec.block_bytes
         sizes = np.full(n, block_bytes, np.uint32)
         codecs = np.zeros(n, np.uint8)
@@ -190,7 +203,7 @@ class SsdSide:
             rows["depth"].astype(np.uint32),
             addresses,
             sizes,
-            rows["checksum"].astype(np.uint64),
+            checksums,
             durable=durable,
             codecs=codecs,
             stored_bytes=stored,
@@ -309,6 +322,7 @@ class SsdSide:
         }
 
     def close(self) -> None:
+        self.forget_later()
         self._writer.close(timeout=60.0)
         self._core.release_owner(self._owner)
         self._tier.close()

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore.control import Ack
+from kvstore.errors import StoreClosedError
 from kvstore.metrics import Counters
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ class Job:
     hashes: npt.NDArray[np.uint8]
     num_bytes: int
     ack: Ack = "memory"
+    owner: int = 0  # of the lease
     lease: int = 0
     future: Future[Ack] | None = field(default=None)
 
@@ -91,10 +93,14 @@ class WriteBehind:
         done = self.flush(timeout)
         with self._condition:
             self._closing = True
-            if not done:
+            left = [] if done else list(self._jobs)
+            if left:
                 self._jobs.clear()
                 self._queued_bytes = 0
             self._condition.notify_all()
+        for job in left:
+            if job.future is not None:
+                job.future.set_exception(StoreClosedError("the store was closed before the write"))
         self._thread.join(timeout)
         return done and not self._thread.is_alive()
 

@@ -1,0 +1,225 @@
+"""What `kvstore demo` prints: figures for programs, a table for people."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from kvstore.bench.report import commit, machine
+
+from .counters import TransferCounters
+from .pd import Mode, RequestResult, RunResult
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+
+@dataclass(frozen=True)
+class DemoRun:
+    name: str
+    mode: Mode
+    result: RunResult
+
+    @property
+    def ttft_ms(self) -> float:
+        return _mean_ms(r.ttft_s for r in self.result.requests)
+
+    @property
+    def tpot_ms(self) -> float:
+        return _mean_ms(r.tpot_s for r in self.result.requests)
+
+    @property
+    def latency_ms(self) -> float:
+        return _mean_ms(r.latency_s for r in self.result.requests)
+
+    @property
+    def output_tokens_per_s(self) -> float:
+        return sum(len(r.token_ids) for r in self.result.requests) / self.result.wall_s
+
+    @property
+    def prompt_tokens_per_s(self) -> float:
+        return sum(r.prompt_tokens for r in self.result.requests) / self.result.wall_s
+
+    @property
+    def hit_ratio(self) -> dict[str, float]:
+        """Shares of the prompts' full blocks that prefill took from each tier, or computed."""
+        return _hit_ratio([self.result.prefill])
+
+    @property
+    def bytes_loaded(self) -> int:
+        return self.result.prefill.loaded_bytes + self.result.decode.loaded_bytes
+
+    @property
+    def bytes_saved(self) -> int:
+        return self.result.prefill.saved_bytes + self.result.decode.saved_bytes
+
+    @property
+    def bytes_moved(self) -> int:
+        return self.bytes_loaded + self.bytes_saved
+
+
+def report(runs: list[DemoRun]) -> dict[str, Any]:
+    """The object that `--json` prints."""
+    colocated, disaggregated, cold, warm, fresh = runs
+    identical = tokens_identical(runs)
+    hit_ratio = _hit_ratio([run.result.prefill for run in (cold, warm, fresh)])
+    moved = sum(run.bytes_moved for run in runs)
+    figures = [
+        _figure("tokens_identical", identical, "bool"),
+        _figure("ttft_cold_ms", cold.ttft_ms, "ms", disaggregated.ttft_ms, "pd without cache"),
+        _figure("ttft_warm_cpu_ms", warm.ttft_ms, "ms", cold.ttft_ms, "ttft_cold_ms"),
+        _figure("ttft_warm_ssd_ms", fresh.ttft_ms, "ms", cold.ttft_ms, "ttft_cold_ms"),
+        _figure("tpot_ms", cold.tpot_ms, "ms", colocated.tpot_ms, "colocated"),
+        _figure("ttft_colocated_ms", colocated.ttft_ms, "ms"),
+        _figure("ttft_pd_ms", disaggregated.ttft_ms, "ms", colocated.ttft_ms, "colocated"),
+        *(_figure(f"hit_ratio_{tier}", value, "ratio") for tier, value in hit_ratio.items()),
+        _figure("bytes_moved", moved, "bytes"),
+    ]
+    return {
+        "commit": commit(),
+        "machine": machine(),
+        "figures": figures,
+        "tokens_identical": identical,
+        "ttft_cold_ms": _number(cold.ttft_ms),
+        "ttft_warm_cpu_ms": _number(warm.ttft_ms),
+        "ttft_warm_ssd_ms": _number(fresh.ttft_ms),
+        "tpot_ms": _number(cold.tpot_ms),
+        "hit_ratio": hit_ratio,
+        "bytes_moved": moved,
+        "runs": [_run(run) for run in runs],
+    }
+
+
+def tokens_identical(runs: list[DemoRun]) -> bool:
+    """Every request ended, with the same tokens in every run."""
+    seen: dict[str, list[int]] = {}
+    for run in runs:
+        for request in run.result.requests:
+            if request.error is not None:
+                return False
+            if seen.setdefault(request.request_id, request.token_ids) != request.token_ids:
+                return False
+    return len({len(run.result.requests) for run in runs}) == 1
+
+
+def _hit_ratio(counters: list[TransferCounters]) -> dict[str, float]:
+    blocks = {
+        "cpu": sum(each.hit_cpu_blocks for each in counters),
+        "ssd": sum(each.hit_ssd_blocks for each in counters),
+    }
+    queried = sum(each.queried_blocks for each in counters)
+    blocks["missed"] = queried - sum(blocks.values())
+    return {tier: count / max(1, queried) for tier, count in blocks.items()}
+
+
+def _figure(
+    name: str,
+    value: float | bool,
+    unit: str,
+    theirs: float | None = None,
+    against: str | None = None,
+) -> dict[str, Any]:
+    """`theirs` is a time of the same run to compare with: theirs / ours."""
+    ratio = theirs / value if theirs is not None and value else None
+    return {
+        "name": name,
+        "value": value if isinstance(value, bool) else _number(value),
+        "unit": unit,
+        "ratio": _number(ratio),
+        "against": against,
+    }
+
+
+def _run(run: DemoRun) -> dict[str, Any]:
+    store = run.result.store
+    return {
+        "name": run.name,
+        "mode": run.mode.value,
+        "wall_s": _number(run.result.wall_s),
+        "ttft_ms": _number(run.ttft_ms),
+        "tpot_ms": _number(run.tpot_ms),
+        "latency_ms": _number(run.latency_ms),
+        "output_tokens_per_s": _number(run.output_tokens_per_s),
+        "prompt_tokens_per_s": _number(run.prompt_tokens_per_s),
+        "hit_ratio": run.hit_ratio,
+        "bytes_loaded": run.bytes_loaded,
+        "bytes_saved": run.bytes_saved,
+        "bytes_ssd_read": int(store.get("kvstore_ssd_read_bytes_total", 0)),
+        "bytes_ssd_written": int(store.get("kvstore_ssd_written_bytes_total", 0)),
+        "store_errors": run.result.prefill.errors + run.result.decode.errors,
+        "requests": [_request(request) for request in run.result.requests],
+    }
+
+
+def _request(request: RequestResult) -> dict[str, Any]:
+    return {
+        "id": request.request_id,
+        "prompt_tokens": request.prompt_tokens,
+        "output_tokens": len(request.token_ids),
+        "ttft_ms": _number(request.ttft_s * 1e3),
+        "tpot_ms": _number(request.tpot_s * 1e3),
+        "latency_ms": _number(request.latency_s * 1e3),
+        "prefill_cached_tokens": request.prefill_cached_tokens,
+        "decode_cached_tokens": request.decode_cached_tokens,
+        "retries": request.retries,
+        "error": request.error,
+    }
+
+
+def table(runs: list[DemoRun], result: dict[str, Any]) -> Group:
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    times = Table(title="Means over each run's requests, times in ms, rates in tokens/s")
+    for header in ("run", "TTFT", "TPOT", "latency", "output", "prompt", "wall s"):
+        times.add_column(header, justify="left" if header == "run" else "right", no_wrap=True)
+    kv = Table(title="KV through the store: prompts' blocks by tier, and MiB")
+    for header in ("run", "DRAM", "SSD", "computed", "loaded", "saved", "SSD read"):
+        kv.add_column(header, justify="left" if header == "run" else "right", no_wrap=True)
+    for run in runs:
+        times.add_row(
+            run.name,
+            f"{run.ttft_ms:.1f}",
+            f"{run.tpot_ms:.1f}",
+            f"{run.latency_ms:.0f}",
+            f"{run.output_tokens_per_s:.1f}",
+            f"{run.prompt_tokens_per_s:.0f}",
+            f"{run.result.wall_s:.1f}",
+        )
+        if run.mode is not Mode.COLOCATED:
+            ratio = run.hit_ratio
+            kv.add_row(
+                run.name,
+                *(f"{ratio[name]:.1%}" for name in ("cpu", "ssd", "missed")),
+                _mebibytes(run.bytes_loaded),
+                _mebibytes(run.bytes_saved),
+                _mebibytes(run.result.store.get("kvstore_ssd_read_bytes_total", 0)),
+            )
+    cold, warm, fresh = (run.ttft_ms for run in runs[2:])
+    same = result["tokens_identical"]
+    text = (
+        f"tokens identical in all {len(runs)} runs: {'yes' if same else 'NO'}\n"
+        f"TTFT against the cold run: {cold / warm:.1f}x from DRAM, "
+        f"{cold / fresh:.1f}x from SSD in a fresh process"
+    )
+    return Group(times, kv, Text(text, style="green" if same else "bold red"))
+
+
+def _mebibytes(size: float) -> str:
+    return f"{size / (1 << 20):.1f}"
+
+
+def _mean_ms(seconds: Iterable[float]) -> float:
+    known = [value for value in seconds if not math.isnan(value)]
+    return fmean(known) * 1e3 if known else math.nan
+
+
+def _number(value: float | None) -> float | None:
+    """JSON has no NaN; four digits are more than a run can be trusted for."""
+    if value is None or not math.isfinite(value):
+        return None
+    return value if isinstance(value, int) else float(f"{value:.6g}")

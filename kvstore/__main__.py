@@ -1,0 +1,6 @@
+"""`python -m kvstore` is the command `kvstore`."""
+
+from kvstore.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""The command line. Each command lives in a module of its own; this one only finds them.
+
+Commands of the library are listed in BUILT_IN; adapters add theirs by the entry-point group
+`kvstore.commands`, since the library never imports an adapter. A command is a function with typer's
+annotations. It raises KVStoreError for what went wrong: one line on stderr and exit status 1, or 2
+for a wrong setting; a traceback is a bug.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from importlib import import_module, metadata
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from kvstore.errors import ConfigError, KVStoreError
+
+ENTRY_POINTS = "kvstore.commands"
+BUILT_IN = {"bench": "kvstore.bench.command:bench"}  # name -> "module:function"
+
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KVStoreError as error:
+            typer.echo(f"kvstore: {error}", err=True)
+            raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        try:
+            version = metadata.version("kvstore-llm")
+        except metadata.PackageNotFoundError:
+            version = "from a source tree that is not installed"
+        typer.echo(f"kvstore {version}")
+        raise typer.Exit
+
+
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """A tiered KV-cache store for LLM inference."""
+
+
+def build_app(plugins: Iterable[metadata.EntryPoint] | None = None) -> typer.Typer:
+    """The application: built-in commands and those of `plugins` (default: all installed)."""
+    app = typer.Typer(
+        cls=_Commands,
+        name="kvstore",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    app.callback()(_root)
+    for name, target in BUILT_IN.items():
+        module, _, function = target.partition(":")
+        app.command(name)(getattr(import_module(module), function))
+    found = metadata.entry_points(group=ENTRY_POINTS) if plugins is None else plugins
+    for plugin in sorted(found, key=lambda plugin: plugin.name):
+        app.command(plugin.name)(_loaded(plugin))
+    return app
+
+
+def _loaded(plugin: metadata.EntryPoint) -> Callable[..., Any]:
+    """The plugin's command; one that cannot be imported says so when it is called, not before."""
+    try:
+        command: Callable[..., Any] = plugin.load()
+    except ImportError as error:
+        why = f"{plugin.name}: {plugin.value} cannot be imported: {error}"
+
+        def command() -> None:
+            raise KVStoreError(why)
+
+        command.__doc__ = f"Not available: {error}"
+    return command
+
+
+def main() -> None:
+    build_app()()
