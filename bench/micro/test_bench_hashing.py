@@ -1,6 +1,6 @@
 """What does hashing a prompt cost, by chain, by kind of token array, and when a prompt grows?
 
-    python -m pytest bench/micro/test_bench_hashing.py --benchmark-enable
+python -m pytest bench/micro/test_bench_hashing.py --benchmark-enable
 """
 
 from array import array

@@ -48,7 +48,7 @@ def test_put_into_a_full_store(
 
     for _ in range((200 << 20) // (size[0] * size[1])):
         store.put(*fresh()[0])  # type: ignore[arg-type]
-    done = benchmark.pedantic(store.put, setup=fresh, rounds=50)
+    done = benchmark.pedantic(store.put, setup=fresh, rounds=50)  # type: ignore[no-untyped-call]
     assert done.wait().num_stored == size[1]
 
 

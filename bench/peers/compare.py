@@ -182,11 +182,15 @@ def _figures(runner: Runner, ours: Runner) -> list[Figure]:
             theirs, mine = np.array(runner.medians[operation]), np.array(ours.medians[operation])
             seconds = float(np.median(theirs))
             per_call = size * batch
-            value, unit = (seconds * 1e6, "us") if size < MIB else (per_call / seconds / 1e9, "GB/s")
-            ratio, against = None, runner.version
-            if runner is not ours:
-                ratio, against = float(np.median(theirs / mine)), f"{OURS}; {runner.version}"
-            figures.append(Figure(f"{runner.name}.{operation}", value, unit, ratio, against))
+            value, unit = (
+                (seconds * 1e6, "us") if size < MIB else (per_call / seconds / 1e9, "GB/s")
+            )
+            name = f"{runner.name}.{operation}"
+            if runner is ours:
+                figures.append(Figure(name, value, unit))
+            else:
+                ratio = float(np.median(theirs / mine))
+                figures.append(Figure(name, value, unit, ratio, f"{OURS}; {runner.version}"))
     return figures
 
 
@@ -197,7 +201,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--peers", default=",".join((*IN_THIS_PYTHON, *PACKAGES)))
     for name in PACKAGES:
-        parser.add_argument(f"--venv-{name}", type=Path, metavar="DIR", help="where it is installed")
+        parser.add_argument(
+            f"--venv-{name}", type=Path, metavar="DIR", help="where it is installed"
+        )
     parser.add_argument("--install", type=Path, metavar="DIR", help="make those environments here")
     options = parser.parse_args()
     names = list(dict.fromkeys([OURS, *options.peers.split(",")]))

@@ -12,7 +12,8 @@ void *MapOnHugeEdge(std::size_t bytes, int fd) {
     const std::size_t mapped = (bytes + kPage - 1) / kPage * kPage;
     // Takes address space with room to spare, the mapping in the midst of it, and the rest back.
     const std::size_t room = mapped + kHugePageBytes;
-    void *taken = mmap(nullptr, room, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void *taken =
+        mmap(nullptr, room, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (taken == MAP_FAILED) return nullptr;
     const auto begin = reinterpret_cast<std::uintptr_t>(taken);
     const std::uintptr_t edge = (begin + kHugePageBytes - 1) / kHugePageBytes * kHugePageBytes;

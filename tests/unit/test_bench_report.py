@@ -89,7 +89,7 @@ def test_what_is_no_number_becomes_null(value: float | None) -> None:
 def test_rounds_alternate_their_direction_and_keep_their_numbers() -> None:
     order: list[tuple[str, int]] = []
     calls = {name: (lambda number, name=name: order.append((name, number))) for name in ("a", "b")}
-    taken = in_turn(calls, 3)  # type: ignore[arg-type]
+    taken = in_turn(calls, 3)
     assert order == [("a", 0), ("b", 0), ("b", 1), ("a", 1), ("a", 2), ("b", 2)]
     assert all(len(seconds) == 3 and (seconds >= 0).all() for seconds in taken.values())
 
@@ -111,7 +111,7 @@ def test_an_unknown_figure_is_named() -> None:
 
 
 def test_a_missing_directory_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="ssd: .*absent is not a directory"):
+    with pytest.raises(ConfigError, match=r"ssd: .*absent is not a directory"):
         command.run(["recover_100k_blocks_s"], tmp_path / "absent", quick=True)
 
 
