@@ -14,18 +14,16 @@ from __future__ import annotations
 import argparse
 import heapq
 import json
-import platform
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from kvstore import _native
+from kvstore.bench.report import Figure, Report
 
 Request = npt.NDArray[np.uint64]
 BASELINE = "lru"
@@ -96,28 +94,17 @@ def measure(requests: Sequence[Request], capacities: Sequence[int]) -> list[Row]
     return rows
 
 
-def as_figures(trace: str, rows: Sequence[Row]) -> dict[str, Any]:
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
-    return {
-        "commit": commit,
-        "machine": f"{platform.machine()} {platform.system()}",
-        "figures": [
-            {
-                "name": f"hit_ratio.{trace}.{row.policy}.{row.capacity_blocks}",
-                "value": round(row.hit_ratio, 5),
-                "unit": "hits/block",
-                "ratio": round(row.against_lru, 4),
-                "against": BASELINE,
-            }
-            for row in rows
-        ],
-    }
+def as_figures(trace: str, rows: Sequence[Row]) -> list[Figure]:
+    return [
+        Figure(
+            f"hit_ratio.{trace}.{row.policy}.{row.capacity_blocks}",
+            row.hit_ratio,
+            "hits/block",
+            row.against_lru,
+            BASELINE,
+        )
+        for row in rows
+    ]
 
 
 def print_table(rows: Sequence[Row]) -> None:
@@ -159,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"trace: {options.trace} has no blocks")
     rows = measure(requests, options.capacities)
     if options.json:
-        print(json.dumps(as_figures(options.trace.stem, rows)))
+        Report(as_figures(options.trace.stem, rows)).show(as_json=True)
     else:
         print_table(rows)
     return 0

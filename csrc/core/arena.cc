@@ -10,6 +10,7 @@
 #include <new>
 
 #include "core/check.h"
+#include "core/mapping.h"
 
 // Since Linux 5.14 and 6.1; older C libraries do not name them, older kernels answer EINVAL.
 #ifndef MADV_POPULATE_WRITE
@@ -31,36 +32,13 @@ std::string Describe(const char *what, int error) {
     return std::string(what) + ": " + std::strerror(error);
 }
 
-// Maps the file at an address that is a multiple of `edge`: otherwise its pages cannot be huge.
-void *MapOnEdge(int fd, std::size_t bytes, std::size_t edge) {
-    void *room = mmap(nullptr, bytes + edge, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (room == MAP_FAILED) return MAP_FAILED;
-    const auto start = reinterpret_cast<std::uintptr_t>(room);
-    const std::uintptr_t aligned = (start + edge - 1) / edge * edge;
-    const std::uintptr_t end = aligned + (bytes + kPageBytes - 1) / kPageBytes * kPageBytes;
-    void *base = mmap(reinterpret_cast<void *>(aligned), bytes, PROT_READ | PROT_WRITE,
-                      MAP_SHARED | MAP_FIXED, fd, 0);
-    if (base == MAP_FAILED) {
-        const int error = errno;
-        munmap(room, bytes + edge);
-        errno = error;
-        return MAP_FAILED;
-    }
-    if (aligned > start) munmap(room, aligned - start);
-    if (end < start + bytes + edge) {
-        munmap(reinterpret_cast<void *>(end), start + bytes + edge - end);
-    }
-    return base;
-}
-
 }  // namespace
 
 std::unique_ptr<Arena> Arena::Create(std::size_t bytes, std::size_t chunk_bytes, bool huge_pages,
                                      std::string *error) {
     KV_CHECK(chunk_bytes > 0 && chunk_bytes % kPageBytes == 0 && chunk_bytes <= bytes);
-    const std::size_t huge_bytes = std::size_t{2} << 20;
     std::size_t total = kPageBytes + bytes / chunk_bytes * chunk_bytes;
-    if (huge_pages) total = (total + huge_bytes - 1) / huge_bytes * huge_bytes;
+    if (huge_pages) total = (total + kHugePageBytes - 1) / kHugePageBytes * kHugePageBytes;
     const unsigned flags = MFD_CLOEXEC | MFD_ALLOW_SEALING | (huge_pages ? MFD_HUGETLB : 0u);
     const int fd = memfd_create("kvstore-arena", flags);
     if (fd < 0) {
@@ -74,8 +52,8 @@ std::unique_ptr<Arena> Arena::Create(std::size_t bytes, std::size_t chunk_bytes,
         return nullptr;
     }
     fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW);
-    void *base = MapOnEdge(fd, total, huge_bytes);
-    if (base == MAP_FAILED) {
+    void *base = MapOnHugeEdge(total, fd);
+    if (base == nullptr) {
         *error = Describe("mmap", errno);
         close(fd);
         return nullptr;

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "core/check.h"
+#include "core/mapping.h"
 
 namespace kvstore {
 
@@ -17,9 +18,8 @@ public:
     HugeArray() = default;
     explicit HugeArray(std::size_t size) : size_(size), bytes_(RoundUp(size * sizeof(T))) {
         if (bytes_ == 0) return;
-        void *memory = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE,
-                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        KV_CHECK(memory != MAP_FAILED);
+        void *memory = MapOnHugeEdge(bytes_, -1);
+        KV_CHECK(memory != nullptr);
         madvise(memory, bytes_, MADV_HUGEPAGE);  // advice: without it only slower
         data_ = static_cast<T *>(memory);
     }

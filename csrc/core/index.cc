@@ -51,7 +51,9 @@ void BlockIndex::FindMany(NamespaceId ns, const BlockHash *hashes, std::size_t n
             if (table.used == 0) continue;
             const Bucket &bucket = table.buckets[places[i].tag & (table.buckets.size() - 1)];
             if (bucket.entry_plus_one != 0) {
-                __builtin_prefetch(&(*this)[bucket.entry_plus_one - 1]);
+                const Entry &entry = (*this)[bucket.entry_plus_one - 1];
+                __builtin_prefetch(&entry);
+                __builtin_prefetch(&entry.ssd_segment);  // an entry may begin anywhere in a line
             }
         }
         for (std::size_t i = 0; i < count; ++i) {
@@ -212,8 +214,7 @@ void BlockIndex::UnlinkFromParent(EntryId child) {
 }
 
 std::size_t BlockIndex::memory_bytes() const {
-    std::size_t bytes = 0;
-    for (const auto &chunk : chunks_) bytes += chunk.bytes();
+    std::size_t bytes = next_ * sizeof(Entry);  // what follows in the last chunk was never touched
     for (const auto &table : tables_) bytes += table.buckets.bytes();
     return bytes;
 }

@@ -39,7 +39,7 @@ enum class CpuState : std::uint8_t {
 
 inline constexpr std::uint32_t kNotOnSsd = UINT32_MAX;
 
-// The first cache line is what a lookup reads.
+// A lookup reads what lies before ssd_page.
 struct Entry {
     BlockHash hash;
     NamespaceId namespace_id = 0;
@@ -100,13 +100,13 @@ public:
     const Entry &operator[](EntryId id) const { return chunks_[id >> kChunkBits][id & kChunkMask]; }
 
     std::size_t size() const { return size_; }  // entries in the map
-    std::size_t memory_bytes() const;           // reserved by entries and tables
+    std::size_t memory_bytes() const;           // taken by entries and tables
 
     // All entries in the map, in no order.
     std::vector<EntryId> Ids() const;
 
 private:
-    static constexpr int kChunkBits = 15;
+    static constexpr int kChunkBits = 18;  // 13 huge pages of entries: whole ones
     static constexpr EntryId kChunkMask = (EntryId{1} << kChunkBits) - 1;
     static constexpr std::size_t kNumTables = 64;
 
