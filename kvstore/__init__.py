@@ -12,9 +12,7 @@ with kvstore.open("qwen3-0.6b", spec=spec, cpu="1GiB") as store:
 """
 
 from kvstore.block import BlockHash, BlockHashes, BlockSpec, Namespace
-from kvstore.client import connect
 from kvstore.config import StoreConfig, load_config
-from kvstore.daemon.server import Server, share
 from kvstore.errors import (
     ConfigError,
     CorruptError,
@@ -31,6 +29,7 @@ from kvstore.events import AllBlocksCleared, BlockRemoved, BlockStored
 from kvstore.hashing import PrefixHasher, hash_blocks
 from kvstore.layout import AxisTensor, BlockBuffers, ContiguousBlocks, PagedBuffers
 from kvstore.lease import Lease
+from kvstore.opening import connect, share
 from kvstore.opening import open_store as open
 from kvstore.store import BlockInfo, Hit, Reservation, Store
 from kvstore.transfer import Transfer, TransferResult
@@ -60,7 +59,6 @@ __all__ = [
     "PeerUnavailableError",
     "PrefixHasher",
     "Reservation",
-    "Server",
     "StorageError",
     "Store",
     "StoreClosedError",

@@ -17,11 +17,10 @@ import numpy.typing as npt
 
 from kvstore import errors, wire
 from kvstore.address import unix_path
-from kvstore.block import BlockHashes, BlockSpec, Namespace
+from kvstore.block import BlockHashes, Namespace
 from kvstore.control import ACK_LEVELS, Ack, Granted, Offsets, Reserved
 from kvstore.errors import DeadlineExceededError, KVStoreError, PeerUnavailableError
 from kvstore.events import Event, decode_events
-from kvstore.store import Store
 from kvstore.transfer import TransferResult
 
 _Reply = TypeVar("_Reply", bound=wire.Message)
@@ -237,30 +236,6 @@ class RemoteControl:
     def stats(self) -> dict[str, Any]:
         return dict(self._value(wire.Stats()))
 
-    def close(self) -> None:
+    def close(self, timeout: float = 60.0) -> None:
         self._pool.shutdown(wait=True)
         self._connections.close()
-
-
-def connect(
-    address: str, namespace: Namespace | BlockSpec | str, *, spec: BlockSpec | None = None
-) -> Store:
-    """Connect to a store that another process of this host shares.
-
-    Args:
-        address: "unix:/path/to.sock", as given to `kvstore.share`.
-        namespace, spec: as for `kvstore.open`.
-
-    Raises:
-        PeerUnavailableError: nobody listens there.
-        IncompatibleError: whoever listens there speaks another protocol or version.
-        ConfigError: the address is wrong, or blocks of this size do not fit the daemon's arena.
-    """
-    control = RemoteControl(address, Namespace.of(namespace, spec))
-    welcome = control.welcome
-    return Store(
-        control,
-        verify_always=welcome.verify_always,
-        threads=welcome.threads,
-        lease_seconds=welcome.lease_seconds,
-    )

@@ -18,11 +18,6 @@ from typing import Any, Literal, get_args
 
 from kvstore.errors import ConfigError
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 Verify = Literal["boundary", "always"]
 IoKind = Literal["auto", "uring", "threads"]
 
@@ -163,6 +158,20 @@ def _coerce(name: str, value: Any) -> Any:
         raise ConfigError(f"{name}: {value!r} is not a number") from None
 
 
+def _read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"config: cannot read {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config: {path} is not TOML: {error}") from error
+
+
 def load_config(
     path: str | os.PathLike[str] | None = None,
     environ: Mapping[str, str] | None = None,
@@ -180,12 +189,7 @@ def load_config(
     """
     values: dict[str, Any] = {}
     if path is not None:
-        try:
-            values.update(tomllib.loads(Path(path).read_text(encoding="utf-8")))
-        except OSError as error:
-            raise ConfigError(f"config: cannot read {path}: {error.strerror}") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"config: {path} is not TOML: {error}") from error
+        values.update(_read_toml(path))
     values.update(_environment(os.environ if environ is None else environ))
     values.update({name: value for name, value in overrides.items() if value is not None})
     known = {field.name for field in fields(StoreConfig)}

@@ -5,7 +5,6 @@ csrc/core/block_hash.h. The native code does all per-block work with the GIL rel
 the extra keys of vLLM's chains are serialised, as they are Python objects.
 """
 
-import pickle
 from collections.abc import Sequence
 from typing import Any, Final, TypeAlias
 
@@ -202,6 +201,8 @@ def _pickle_suffix(key: VllmExtraKey) -> bytes:
     it, so the real pickler has to see the same objects in the same place.
     """
     _native.cbor(key)  # allows the same types in both chains
+    import pickle
+
     data = pickle.dumps((bytes(32), (0,), key), protocol=5)
     # PROTO, FRAME, SHORT_BINBYTES + MEMOIZE, BININT1 0, TUPLE1, MEMOIZE; ... TUPLE3, MEMOIZE, STOP.
     begin = 2 + 9 + (2 + 32 + 1) + 2 + 1 + 1

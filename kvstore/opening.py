@@ -1,14 +1,21 @@
-"""`kvstore.open`."""
+"""`kvstore.open`, `kvstore.connect` and `kvstore.share`.
+
+They import what they need when they are called, so that `import kvstore` does not load LMDB, the
+wire protocol and sockets for a caller who only hashes or only connects.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvstore.block import BlockSpec, Namespace
 from kvstore.config import StoreConfig, load_config
+from kvstore.control import Control
 from kvstore.errors import ConfigError
 from kvstore.store import Store
-from kvstore.tiers.local import LocalControl, Tiers
+
+if TYPE_CHECKING:
+    from kvstore.daemon.server import Server
 
 
 def open_store(
@@ -32,6 +39,8 @@ def open_store(
         InUseError: another process holds the ssd directory.
         OutOfSpaceError: the memory cannot be had.
     """
+    from kvstore.tiers.local import LocalControl, Tiers
+
     name = Namespace.of(namespace, spec)
     if config is not None and settings:
         raise ConfigError(f"{min(settings)}: give config or single settings, not both")
@@ -45,10 +54,60 @@ def open_store(
     return store_of(control, chosen)
 
 
-def store_of(control: LocalControl, config: StoreConfig) -> Store:
+def store_of(control: Control, config: StoreConfig) -> Store:
+    """Return the store of a control in this process."""
     return Store(
         control,
         verify_always=config.verify == "always",
         threads=config.threads,
         lease_seconds=config.lease_seconds,
     )
+
+
+def connect(
+    address: str, namespace: Namespace | BlockSpec | str, *, spec: BlockSpec | None = None
+) -> Store:
+    """Connect to a store that another process of this host shares.
+
+    Args:
+        address: "unix:/path/to.sock", as given to `kvstore.share`.
+        namespace, spec: as for `kvstore.open`.
+
+    Raises:
+        PeerUnavailableError: nobody listens there.
+        IncompatibleError: whoever listens there speaks another protocol or version.
+        ConfigError: the address is wrong, or blocks of this size do not fit the daemon's arena.
+    """
+    from kvstore.client import RemoteControl
+
+    control = RemoteControl(address, Namespace.of(namespace, spec))
+    welcome = control.welcome
+    return Store(
+        control,
+        verify_always=welcome.verify_always,
+        threads=welcome.threads,
+        lease_seconds=welcome.lease_seconds,
+    )
+
+
+def share(store: Store, address: str) -> Server:
+    """Serve an embedded store's tiers to other processes of this host and user.
+
+    Args:
+        store: from `kvstore.open`; it must stay open for as long as the server runs.
+        address: "unix:/path/to.sock".
+
+    Returns:
+        The running server; close it, or use it as a context manager.
+
+    Raises:
+        ConfigError: the store is not an embedded one, or the address is wrong.
+        InUseError: another server listens there.
+    """
+    from kvstore.daemon.server import Server
+    from kvstore.tiers.local import LocalControl
+
+    control = store.control
+    if not isinstance(control, LocalControl):
+        raise ConfigError("store: only an embedded store can be shared")
+    return Server(control.tiers, address)

@@ -7,6 +7,7 @@ buffers and the arena; what goes where is decided by its `Control`.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -487,18 +488,25 @@ class Store:
         """Wait until earlier puts are on ssd; False when `timeout` seconds were not enough."""
         return self.control.flush(timeout)
 
-    def close(self) -> None:
-        """Wait for running transfers, end leases and pins, release all. Safe to call twice."""
+    def close(self, timeout: float = 60.0) -> None:
+        """Wait for running transfers, end leases and pins, release all. Safe to call twice.
+
+        Where a disk does not answer, this returns after about `timeout` seconds; what is not on
+        ssd by then is given up. The directory stays in use until the disk answers.
+        """
         with self._lock:
             pool, self._pool = self._pool, None
             closing, self._closing = not self._closing, True
         if not closing:
             return
+        deadline = time.monotonic() + timeout
         if pool is not None:
-            pool.shutdown(wait=True)
+            ending = threading.Thread(target=pool.shutdown, daemon=True)
+            ending.start()
+            ending.join(timeout)
         self._writers.close()
         self._closed = True
-        self._control.close()
+        self._control.close(max(0.0, deadline - time.monotonic()))
 
     def __enter__(self) -> Store:
         return self

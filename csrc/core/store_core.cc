@@ -145,15 +145,17 @@ SlotId StoreCore::AllocateSlot(SizeClass size_class) {
     return arena_->Allocate(size_class);
 }
 
-// A class that holds less than its share of the chunks takes one from the class that holds most.
+// A class that holds less than its share of the chunks takes one from the class that holds most; so
+// does one that holds none, also where there are more classes than chunks.
 bool StoreCore::StealChunk(SizeClass size_class) {
     const std::uint32_t share = arena_->num_chunks() / arena_->num_classes();
-    if (arena_->num_classes() == 1 || arena_->num_chunks_of(size_class) >= share) return false;
+    const std::uint32_t ours = arena_->num_chunks_of(size_class);
+    if (arena_->num_classes() == 1 || (ours > 0 && ours >= share)) return false;
     SizeClass donor = 0;
     for (SizeClass i = 1; i < arena_->num_classes(); ++i) {
         if (arena_->num_chunks_of(i) > arena_->num_chunks_of(donor)) donor = i;
     }
-    if (donor == size_class || arena_->num_chunks_of(donor) <= share) return false;
+    if (donor == size_class || (ours > 0 && arena_->num_chunks_of(donor) <= share)) return false;
     for (std::uint32_t chunk = 0; chunk < arena_->num_chunks(); ++chunk) {
         if (arena_->chunk_belongs(chunk, donor) && EmptyChunk(donor, chunk)) return true;
     }

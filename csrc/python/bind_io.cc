@@ -1,5 +1,6 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
+#include <unistd.h>
 
 #include <memory>
 #include <optional>
@@ -21,6 +22,31 @@ template <typename T>
 using Column = py::array_t<T, py::array::c_style>;
 
 constexpr unsigned kDepthMax = 4096;
+
+// Releases the GIL around I/O. A hung disk may hold a call up until the interpreter is ending;
+// taking the GIL then ends the thread by an exception, which no destructor lets pass. So the thread
+// stays here, for as long as the process does.
+class WithoutGil {
+public:
+    WithoutGil() : state_(PyEval_SaveThread()) {}
+    WithoutGil(const WithoutGil &) = delete;
+    WithoutGil &operator=(const WithoutGil &) = delete;
+    ~WithoutGil() {
+        while (IsEnding()) pause();
+        PyEval_RestoreThread(state_);
+    }
+
+private:
+    static bool IsEnding() {
+#if PY_VERSION_HEX >= 0x030D0000
+        return Py_IsFinalizing() != 0;
+#else
+        return _Py_IsFinalizing() != 0;
+#endif
+    }
+
+    PyThreadState *state_;
+};
 
 std::unique_ptr<IoQueue> OpenQueue(const std::string &kind, unsigned depth) {
     if (kind != "auto" && kind != "uring" && kind != "threads") {
@@ -71,7 +97,7 @@ Column<int> Write(IoQueue &queue, const Column<int> &fds, const Column<std::uint
     Column<int> errors(static_cast<py::ssize_t>(extents.size()));
     int *out = errors.mutable_data();
     {
-        py::gil_scoped_release released;
+        WithoutGil released;
         WriteExtents(queue, extents.data(), extents.size(), out);
     }
     return errors;
@@ -86,7 +112,7 @@ Column<int> Read(IoQueue &queue, const Column<int> &fds, const Column<std::uint6
     Column<int> errors(static_cast<py::ssize_t>(extents.size()));
     int *out = errors.mutable_data();
     {
-        py::gil_scoped_release released;
+        WithoutGil released;
         ReadExtents(queue, extents.data(), extents.size(), expected, out);
     }
     return errors;

@@ -40,7 +40,6 @@ from kvstore.errors import (
     PeerUnavailableError,
     StorageError,
 )
-from kvstore.store import Store
 from kvstore.tiers.local import LocalControl, Tiers
 
 log = logging.getLogger(__name__)
@@ -328,23 +327,3 @@ _HANDLERS: dict[type, Callable[[LocalControl, Any], wire.Reply]] = {
     wire.Flush: _value(lambda c, r: c.flush(_timeout(r.timeout))),
     wire.Stats: _value(lambda c, r: c.stats()),
 }
-
-
-def share(store: Store, address: str) -> Server:
-    """Serve an embedded store's tiers to other processes of this host and user.
-
-    Args:
-        store: from `kvstore.open`; it must stay open for as long as the server runs.
-        address: "unix:/path/to.sock".
-
-    Returns:
-        The running server; close it, or use it as a context manager.
-
-    Raises:
-        ConfigError: the store is not an embedded one, or the address is wrong.
-        InUseError: another server listens there.
-    """
-    control = store.control
-    if not isinstance(control, LocalControl):
-        raise ConfigError("store: only an embedded store can be shared")
-    return Server(control.tiers, address)

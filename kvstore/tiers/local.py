@@ -135,17 +135,29 @@ class Tiers:
             ("kvstore_leases", "leases"),
         ):
             values[name] = core[key]
-        values.update(self.ssd.gauges() if self.ssd is not None else {})
+        if self.ssd is not None:
+            values.update(self.ssd.gauges())
+            values["kvstore_integrity_failures_total"] += self.ssd.checksum_failures
         return values
 
-    def close(self) -> None:
-        """Write out what is queued, then release disk and threads. Safe to call twice."""
+    @property
+    def is_stuck(self) -> bool:
+        """Whether the disk has stopped answering."""
+        return self._promoter.is_stuck
+
+    def close(self, timeout: float = 60.0) -> None:
+        """Write out what is queued, then release disk and threads. Safe to call twice.
+
+        After `timeout` seconds what is not written is given up. A thread that the disk does not
+        let go is left behind: it ends, and gives the directory free, when the disk answers.
+        """
         if self.closed:
             return
         self.closed = True
-        self._promoter.close()
+        deadline = time.monotonic() + timeout
+        self._promoter.close(timeout)
         if self.ssd is not None:
-            self.ssd.close()
+            self.ssd.close(max(0.0, deadline - time.monotonic()))
 
 
 class LocalControl:
@@ -222,9 +234,15 @@ class LocalControl:
     ) -> Granted:
         # The lease on what is in DRAM stays until all is, so that reading the tail cannot push the
         # head out.
+        if self._tiers.is_stuck:
+            return granted
+        future: Future[TransferResult] | None = None
         try:
-            self._tiers.promote(self._id, hashes[len(granted.offsets) :]).result(timeout)
+            future = self._tiers.promote(self._id, hashes[len(granted.offsets) :])
+            future.result(timeout)
         except FutureTimeoutError:
+            assert future is not None
+            future.cancel()
             self._tiers.counters.add("deadline_exceeded")
         except BaseException as error:
             self._core.release(self._owner, granted.lease)
@@ -373,11 +391,11 @@ class LocalControl:
     def stats(self) -> dict[str, Any]:
         return self._tiers.stats()
 
-    def close(self) -> None:
+    def close(self, timeout: float = 60.0) -> None:
         self._closed = True
         self._core.release_owner(self._owner)
         if self._owns_tiers:
-            self._tiers.close()
+            self._tiers.close(timeout)
 
 
 def _reached(level: Ack) -> Future[Ack]:

@@ -1,12 +1,13 @@
 """Promotion: blocks on ssd are read straight into slots of the cpu tier, on one thread.
 
 One thread, because one batch at full depth already saturates a disk, and because two promotions of
-the same prefix then cost one read.
+the same prefix then cost one read. Where the disk does not answer, nobody waits for that thread
+longer than a deadline, and once it is known to be stuck, not at all.
 """
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 import numpy as np
 import numpy.typing as npt
@@ -17,10 +18,13 @@ from kvstore.control import PRESENT, RESERVED
 from kvstore.errors import StoreClosedError
 from kvstore.metrics import Counters
 from kvstore.records import Records, records_from
+from kvstore.tiers.background import BackgroundThread
 from kvstore.tiers.ssd_side import NO_CODEC, SsdSide
 from kvstore.transfer import TransferResult
 
 BATCH_BYTES = 32 << 20  # published at once; large enough for the disk, small enough to start early
+QUEUED_MAX = 1024  # promotions; more are not begun
+STUCK_SECONDS = 2.0  # without one batch read: slower than computing it again
 
 
 class Promoter:
@@ -32,16 +36,26 @@ class Promoter:
         self._counters = counters
         self._owner = core.new_owner()
         self._base = np.uint64(core.arena.ctypes.data)
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="kvstore-promote")
+        self._pool = BackgroundThread("kvstore-promote", QUEUED_MAX)
 
     def submit(self, number: int, hashes: BlockHashes) -> Future[TransferResult]:
         try:
-            return self._pool.submit(self._promote, number, hashes)
+            future = self._pool.submit(self._promote, number, hashes)
         except RuntimeError:
             raise StoreClosedError("the store is closed") from None
+        if future is None:  # so far behind that these would come too late
+            future = Future()
+            future.set_result(TransferResult(0, num_missed=len(hashes)))
+        return future
 
-    def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+    @property
+    def is_stuck(self) -> bool:
+        """Whether the disk has stopped answering: waiting for it is of no use."""
+        return self._pool.stuck_seconds() > STUCK_SECONDS
+
+    def close(self, timeout: float) -> bool:
+        """End the thread; False when it did not come back from the disk in `timeout` seconds."""
+        return self._pool.shutdown(timeout)
 
     def _promote(self, number: int, hashes: BlockHashes) -> TransferResult:
         step = max(1, BATCH_BYTES // self._core.block_bytes(number))
@@ -49,6 +63,7 @@ class Promoter:
         ready = 0
         try:
             while ready < len(hashes):
+                self._pool.note_progress()
                 part = hashes[ready : ready + step]
                 arrived = self._read_batch(number, part)
                 ready += arrived

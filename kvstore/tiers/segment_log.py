@@ -60,6 +60,7 @@ class Segment:
     pins: int = 0
     removed: bool = False
     unsynced: bool = False
+    sync_failed: bool = False  # what was written before may be lost: no later sync tells
 
     @property
     def ours(self) -> bool:
@@ -126,6 +127,7 @@ class SegmentLog:
         self.direct = True
         self.sequence = 1
         self.segments: dict[int, Segment] = {}
+        self._unlinkable: list[Path] = []  # files of removed segments that are still there
 
     # -- opening
 
@@ -151,6 +153,12 @@ class SegmentLog:
         """Numbers up to this one are not given to new segments."""
         self._number = max(self._number, number)
 
+    def reset_live(self) -> None:
+        """Before the records are counted again."""
+        with self._lock:
+            for segment in self.segments.values():
+                segment.live_pages, segment.live_blocks = 0, 0
+
     def reset_accounts(self) -> None:
         """Before the index is read, and again when it had to be rebuilt."""
         for segment in self.segments.values():
@@ -168,6 +176,10 @@ class SegmentLog:
         self._head = segment
 
     # -- space
+
+    def table(self) -> list[tuple[int, Segment]]:
+        with self._lock:
+            return list(self.segments.items())
 
     @property
     def used_bytes(self) -> int:
@@ -318,16 +330,29 @@ class SegmentLog:
         return max(0, int(failed[0]) - 1), reason_of(int(errors[failed[0]]))
 
     def sync(self, segments: list[Segment]) -> None:
-        """Puts the segments' data on disk. Raises OSError, after which they are not trusted."""
+        """Puts the segments' data on disk. Raises OSError when that failed for one of them.
+
+        The kernel reports a failure once and takes the pages for clean then. So such a segment is
+        never synced again, and what is in it stays `unsynced`.
+        """
+        failure: OSError | None = None
         for segment in segments:
-            if not segment.unsynced:
+            if not segment.unsynced or segment.sync_failed:
                 continue
-            fd = self._pin(segment)
             try:
-                os.fdatasync(fd)
-            finally:
-                self._unpin(segment)
-            segment.unsynced = False
+                fd = self._pin(segment)
+                try:
+                    os.fdatasync(fd)
+                finally:
+                    self._unpin(segment)
+                segment.unsynced = False
+            except OSError as error:
+                segment.sync_failed = True
+                if segment is self._head:
+                    self.seal()
+                failure = error
+        if failure is not None:
+            raise failure
 
     def remove(self, segment: Segment) -> None:
         """Unlinks the file; a read that has begun still finishes."""
@@ -335,8 +360,18 @@ class SegmentLog:
             self.segments.pop(segment.number, None)
             segment.removed = True
             self._close_if_idle(segment)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(segment.path)
+        self._unlinkable.append(segment.path)
+        self.unlink_removed()
+
+    def unlink_removed(self) -> bool:
+        """Deletes files of removed segments; false while the disk refuses to."""
+        while self._unlinkable:
+            try:
+                self._unlinkable[-1].unlink(missing_ok=True)
+            except OSError:
+                return False
+            self._unlinkable.pop()
+        return True
 
     # -- reading
 
@@ -431,15 +466,30 @@ class SegmentLog:
     def _pin(self, segment: Segment) -> int:
         """Its descriptor, kept open until _unpin; -1 when it was removed. Raises OSError."""
         with self._lock:
-            if segment.removed:
-                return -1
-            if segment.fd < 0:
+            fd = self._pinned(segment)
+        if fd is not None:
+            return fd
+        opened = self._open(segment.path)  # not under the lock: a hung disk must not hold up others
+        with self._lock:
+            if segment.fd < 0 and not segment.removed:
                 if self._open_files >= OPEN_FILES_MAX:
                     self._close_idle_files()
-                segment.fd = self._open(segment.path)
+                segment.fd, opened = opened, -1
                 self._open_files += 1
-            segment.pins += 1
-            return segment.fd
+            fd = self._pinned(segment)
+        if opened >= 0:
+            os.close(opened)
+        assert fd is not None
+        return fd
+
+    def _pinned(self, segment: Segment) -> int | None:
+        """As _pin; None when the file is to be opened first. The caller holds `_lock`."""
+        if segment.removed:
+            return -1
+        if segment.fd < 0:
+            return None
+        segment.pins += 1
+        return segment.fd
 
     def _unpin(self, segment: Segment) -> None:
         with self._lock:

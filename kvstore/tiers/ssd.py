@@ -10,9 +10,9 @@ change: after damage to the index an older copy of a key may come back.
 
 `counters` counts what happened, by reason: written_blocks, written_bytes, write_{full, no_space,
 io_error, index_error, too_large}; read_blocks, read_bytes, read_{missing, short, checksum,
-io_error}; reclaimed_segments, moved_blocks, dropped_blocks, move_{...}; index_{damaged,
-bad_records, rebuilt, errors}; recover_{missing_data, bad_records}; rebuild_{unknown_namespace,
-io_errors}.
+io_error}; reclaimed_segments, moved_blocks, dropped_blocks, move_{...}; unlink_errors;
+index_{damaged, bad_records, rebuilt, errors, reopened}; recover_{missing_data, bad_records};
+rebuild_{unknown_namespace, io_errors}.
 
 Thread safety: all methods may be called from any thread. `_writer` serializes those that change
 something (write, forget, reclaim, register_namespace, sync, verify); reads run beside them and
@@ -133,6 +133,7 @@ class SsdTier:
         self.config = config
         self.counters: Counter[str] = Counter()
         self._path = Path(config.path)
+        self._index_openings = 0
         self._writer = threading.RLock()
         self._counting = threading.Lock()  # of what readers count
         self._closed = False
@@ -195,6 +196,7 @@ class SsdTier:
         if len(gone):
             self.counters["recover_missing_data"] += len(gone)
             self._log.skip_numbers(int(gone["segment"].max()))
+        self._index_openings = self._index.openings
         self._log.sequence = max(self._log.sequence, self._index.meta("sequence") + (1 << 20))
         self._log.resume()
         try:
@@ -239,6 +241,7 @@ class SsdTier:
                 # The file first: a number that the index knows must never mean something else.
                 ssd_open.write_namespaces(self._path, namespaces)
                 packed = ssd_open.pack_namespace(namespace_digest, description)
+                self._settle_index()
                 self._index.put_namespaces({number: packed})
             except OSError as error:
                 raise ssd_open.os_error(error, self._path, "adding a namespace") from error
@@ -324,21 +327,20 @@ class SsdTier:
             try:
                 self._log.sync(done.touched)
             except OSError as error:
-                self._log.seal()
                 count, reason = 0, reason_of(error.errno or errno.EIO)
         if count:
             rows = records_from(descriptors[:count], done.segments[:count])
             try:
                 self._commit(rows)
-            except (lmdb.Error, OSError):
+            except (lmdb.Error, OSError) as error:
                 count, reason = 0, "index_error"
+                # Only then: a reclaim for any other error would cost a segment for nothing.
+                self._refused_for_space |= _is_out_of_space(error)
         if reason:
             self.counters[f"write_{reason}"] += n - count
-            self._refused_for_space = self._refused_for_space or reason in (
-                "full",
-                "no_space",
-                "index_error",
-            )
+            self._refused_for_space |= reason in ("full", "no_space")
+        elif n:
+            self._refused_for_space = False  # or a disk that has room again would lose a segment
         self.counters["written_blocks"] += count
         self.counters["written_bytes"] += int(descriptors["stored_bytes"][:count].sum())
         return Locations(
@@ -357,10 +359,23 @@ class SsdTier:
         if len(last) < len(keys):  # a key twice in one batch: the last one counts
             rows = rows[np.fromiter(last.values(), np.int64, len(last))]
             keys = list(last)
+        self._settle_index()
         replaced = self._index.find(keys)
         self._index.commit(rows, [], self._meta())
         self._log.account(replaced, -1)
         self._log.account(rows, 1)
+
+    def _settle_index(self) -> None:
+        """Counts again where LMDB had to be opened again: its last commit may have come to pass
+        after all. Raises lmdb.Error or OSError while the index cannot be opened."""
+        self._index.settle()
+        if self._index.openings == self._index_openings:
+            return
+        self.counters["index_reopened"] += 1
+        self._log.reset_live()
+        for rows, _ in self._index.scan():
+            self._log.account(rows[self._present(rows)], 1)
+        self._index_openings = self._index.openings
 
     def read(
         self,
@@ -407,8 +422,9 @@ class SsdTier:
         with self._writer:
             self._check_open()
             keys = list(dict.fromkeys(keys_of(rows)))
-            found = self._index.find(keys)
             try:
+                self._settle_index()
+                found = self._index.find(keys)
                 self._index.commit(np.empty(0, RECORD), keys, self._meta())
             except (lmdb.Error, OSError) as error:
                 raise _storage_error(error, self._path) from error
@@ -451,7 +467,7 @@ class SsdTier:
         survivors: Callable[[Records], npt.NDArray[np.bool_]],
         survive_fraction: float = 0.5,
     ) -> Reclaimed | None:
-        """Frees one sealed segment; None when there is none, or the index cannot be written.
+        """Frees one sealed segment; None when there is none, or the disk does not let us.
 
         `survivors` sees the segment's live blocks in log order and says which are worth moving to
         the head of the log. Of those, the first that fill `survive_fraction` of a segment are
@@ -459,10 +475,19 @@ class SsdTier:
         """
         with self._writer:
             self._check_open()
+            # A disk that refuses to delete would else lose segment after segment for no space.
+            if not self._log.unlink_removed():
+                self.counters["unlink_errors"] += 1
+                return None
             victim = self._log.victim()
             if victim is None:
                 return None
-            live = self._live(victim)
+            try:
+                self._settle_index()
+                live = self._live(victim)
+            except (lmdb.Error, OSError):
+                self.counters["index_errors"] += 1
+                return None
             wanted = np.zeros(len(live), bool)
             if len(live):
                 wanted = np.asarray(survivors(Records.of(live)), bool)
@@ -561,21 +586,33 @@ class SsdTier:
         try:
             self._log.sync(touched)
         except OSError:
-            self._log.seal()
             ok[:] = False
         return seal_records(moved[ok]), ok
 
     # -- upkeep
 
     def sync(self) -> None:
-        """Makes everything written so far survive power loss. Raises StorageError."""
+        """Makes everything written so far survive power loss.
+
+        Raises StorageError when that fails now. Segments where it failed before are left out; see
+        `sync_failed`.
+        """
         with self._writer:
             self._check_open()
             try:
                 self._log.sync(list(self._log.segments.values()))
             except OSError as error:
-                self._log.seal()
                 raise ssd_open.os_error(error, self._path, "syncing the segments") from error
+
+    def synced(self, segments: npt.NDArray[np.uint32]) -> npt.NDArray[np.bool_]:
+        """Which of these segments are known to survive power loss, with all that is in them."""
+        known = [n for n, s in self._log.table() if not s.unsynced]
+        return np.isin(segments, np.array(known, np.uint32))
+
+    def sync_failed(self, segments: npt.NDArray[np.uint32]) -> npt.NDArray[np.bool_]:
+        """Which of these segments no later sync can make survive power loss."""
+        known = [n for n, s in self._log.table() if s.sync_failed]
+        return np.isin(segments, np.array(known, np.uint32))
 
     def verify(self, repair: bool = False) -> Iterator[Finding]:
         """Checks every header, index record and payload. `repair` forgets blocks that fail.

@@ -7,11 +7,19 @@ LMDB overwrite live pages or abort), the copy takes its place, and records carry
 own. An environment that fails any of this is set aside (never deleted) and rebuilt from the
 segments.
 
+After a meta page that could not be written LMDB refuses every transaction, and the page cache may
+hold either state: the environment is then opened again at the next use, and `openings` counts it.
+
+LMDB reads through a mapping, where a failed read is a SIGBUS, the end of the process. So the pages
+that it may read are locked in memory, as far as RLIMIT_MEMLOCK lets us.
+
 Thread safety: all methods may be called from any thread; `_lock` serializes them, because growing
 the map requires that no transaction is open.
 """
 
 import contextlib
+import ctypes
+import mmap
 import os
 import shutil
 import subprocess
@@ -20,6 +28,7 @@ import threading
 from collections.abc import Callable, Iterator
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import lmdb
 import numpy as np
@@ -38,6 +47,7 @@ SCAN_RECORDS = 1 << 16  # records of one scan step: 7.6 MB, and the longest a sc
 _KEY = np.dtype([("namespace", "<u4"), ("hash", "u1", 32)])
 _VALUE_BYTES = RECORD.itemsize - KEY_BYTES
 _MAP_BYTES_MIN = 16 << 20
+_LOCKED_RANGES_MAX = 64
 _PROBE_SECONDS_MIN = 20.0
 _PROBE_BYTES_PER_SECOND = 20e6  # a cold slow disk; a walk that takes longer is taken for a loop
 
@@ -137,38 +147,117 @@ def create(path: Path, map_bytes: int, rows: Structs, namespaces: dict[int, byte
 class SsdIndex:
     def __init__(self, path: Path, map_bytes: int) -> None:
         """Opens what make_sound() or create() left. The caller holds the directory's lock."""
+        self._path = path
+        self._map_bytes = max(map_bytes, _MAP_BYTES_MIN)
+        self._lock = threading.Lock()
+        self._locked_pages: list[mmap.mmap] = []  # ranges of the file, without gaps
+        self._file: BinaryIO | None = None  # of the locked pages
+        self._given_up = False  # and closed, since LMDB refused to go on
+        self.openings = 0
         # Ours alone, and rebuilt by LMDB: one less file whose damage matters.
         (path / "lock.mdb").unlink(missing_ok=True)
-        self._lock = threading.Lock()
+        try:
+            self._open()
+        except BaseException:
+            self._unlock_pages()
+            raise
+
+    def _open(self) -> None:
+        """Raises lmdb.Error, or OSError where the file cannot be read."""
+        self._read_through()
+        self._lock_pages()
         self._env = lmdb.open(
-            str(path),
-            map_size=max(map_bytes, _MAP_BYTES_MIN),
+            str(self._path),
+            map_size=self._map_bytes,
             max_dbs=4,
             sync=True,
             metasync=True,
             writemap=False,
             readahead=False,
         )
-        self._blocks = self._env.open_db(b"blocks")
-        self._meta = self._env.open_db(b"meta")
-        self._namespaces = self._env.open_db(b"namespaces")
+        try:
+            self._blocks = self._env.open_db(b"blocks")
+            self._meta = self._env.open_db(b"meta")
+            self._namespaces = self._env.open_db(b"namespaces")
+        except BaseException:
+            self._env.close()
+            raise
+        self.openings += 1
+        self._lock_pages()
+
+    def _read_through(self) -> None:
+        """Brings the file into the page cache, so that a page that cannot be read shows here."""
+        if not (self._path / "data.mdb").exists():
+            return
+        with open(self._path / "data.mdb", "rb", buffering=0) as file:
+            while file.read(1 << 20):
+                pass
+
+    def _lock_pages(self) -> None:
+        """Keeps the file's pages in memory, as many as the system lets us."""
+        try:
+            if self._file is None:
+                if not (self._path / "data.mdb").exists():
+                    return
+                self._file = open(self._path / "data.mdb", "rb", buffering=0)  # noqa: SIM115
+            size = os.fstat(self._file.fileno()).st_size
+            size -= size % mmap.ALLOCATIONGRANULARITY
+            begin = sum(len(pages) for pages in self._locked_pages)
+            if size <= begin:
+                return
+            if len(self._locked_pages) >= _LOCKED_RANGES_MAX:
+                begin = 0
+            # The page cache, which LMDB's own mapping shares. Where a page cannot be read, mlock
+            # fails; that is not our trouble yet.
+            pages = mmap.mmap(
+                self._file.fileno(), size - begin, access=mmap.ACCESS_READ, offset=begin
+            )
+            address = np.frombuffer(pages, np.uint8).ctypes.data
+            ctypes.CDLL(None).mlock(ctypes.c_void_p(address), ctypes.c_size_t(size - begin))
+        except OSError:
+            return
+        self._locked_pages = [*(self._locked_pages if begin else []), pages]
 
     def close(self) -> None:
         with self._lock:
             self._env.close()
+            self._unlock_pages()
+
+    def _unlock_pages(self) -> None:
+        self._locked_pages = []
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def settle(self) -> None:
+        """Opens the environment again if LMDB has given it up. Raises lmdb.Error or OSError."""
+        with self._lock, self._begin():
+            pass
+
+    def _begin(self, write: bool = False) -> Any:
+        """A transaction (without buffers: all it gives is bytes). The caller holds `_lock`."""
+        if not self._given_up:
+            try:
+                return self._env.begin(write=write)
+            except lmdb.PanicError:
+                self._given_up = True
+                self._env.close()
+        self._open()
+        self._given_up = False
+        return self._env.begin(write=write)
 
     def meta(self, name: str) -> int:
         """A number that was committed under this name, or 0."""
-        with self._lock, self._env.begin(db=self._meta) as txn:
-            value = txn.get(name.encode())
+        with self._lock, self._begin() as txn:
+            value = txn.get(name.encode(), db=self._meta)
         if value is None or value[8:] != _checksum_bytes(name.encode() + value[:8]):
             return 0
         return int.from_bytes(value[:8], "little")
 
     def namespaces(self) -> dict[int, bytes]:
         found = {}
-        with self._lock, self._env.begin(db=self._namespaces) as txn:
-            for key, value in txn.cursor():
+        with self._lock, self._begin() as txn:
+            for key, value in txn.cursor(db=self._namespaces):
                 body, checksum = bytes(value[8:]), bytes(value[:8])
                 if len(key) == 4 and checksum == _checksum_bytes(bytes(key) + body):
                     found[int.from_bytes(key, "big")] = body
@@ -188,8 +277,8 @@ class SsdIndex:
         """
         last = b""
         while True:
-            with self._lock, self._env.begin(db=self._blocks) as txn:
-                cursor = txn.cursor()
+            with self._lock, self._begin() as txn:
+                cursor = txn.cursor(db=self._blocks)
                 if not cursor.set_range(last + b"\0"):
                     return
                 first, previous = cursor.key(), last
@@ -221,8 +310,8 @@ class SsdIndex:
 
     def find(self, keys: list[bytes]) -> Structs:
         """The sound records among `keys`, in no particular order."""
-        with self._lock, self._env.begin(db=self._blocks) as txn:
-            pairs = txn.cursor().getmulti(keys)
+        with self._lock, self._begin() as txn:
+            pairs = txn.cursor(db=self._blocks).getmulti(keys)
         rows = np.frombuffer(b"".join(chain.from_iterable(_of_right_size(pairs))), RECORD)
         return rows[sound_records(rows)]
 
@@ -254,11 +343,13 @@ class SsdIndex:
         with self._lock:
             while True:
                 try:
-                    with self._env.begin(write=True) as txn:
+                    with self._begin(write=True) as txn:
                         change(txn)
+                    self._lock_pages()
                     return
                 except lmdb.MapFullError:
-                    self._env.set_mapsize(2 * self._env.info()["map_size"])
+                    self._map_bytes = 2 * self._env.info()["map_size"]
+                    self._env.set_mapsize(self._map_bytes)
 
 
 def keys_of(rows: Structs) -> list[bytes]:

@@ -65,6 +65,7 @@ def lock_directory(path: Path) -> int:
         raise ConfigError(f"path: {path} is not a directory; give one that is, or a new name.")
     try:
         path.mkdir(mode=0o700, exist_ok=True)
+        refuse_foreign(path)  # before a lock file is left in it
         fd = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
         raise os_error(error, path, "creating the SSD directory") from error
@@ -84,18 +85,25 @@ def lock_directory(path: Path) -> int:
     return fd
 
 
+def refuse_foreign(path: Path) -> None:
+    """Raises IncompatibleError for a directory that is neither ours nor empty."""
+    if (path / SUPERBLOCK).exists():
+        return
+    foreign = sorted(set(os.listdir(path)) - _NOT_FOREIGN)
+    if foreign:
+        more = "" if len(foreign) <= 3 else f" and {len(foreign) - 3} more"
+        raise IncompatibleError(
+            f"{path}: holds files that are not kvstore's ({', '.join(foreign[:3])}{more}); "
+            "give an empty directory. Nothing was changed."
+        )
+
+
 def open_superblock(path: Path) -> bytes:
     """The directory's uuid; a new or empty directory gets one."""
     superblock = path / SUPERBLOCK
     try:
         if not superblock.exists():
-            foreign = sorted(set(os.listdir(path)) - _NOT_FOREIGN)
-            if foreign:
-                more = "" if len(foreign) <= 3 else f" and {len(foreign) - 3} more"
-                raise IncompatibleError(
-                    f"{path}: holds files that are not kvstore's ({', '.join(foreign[:3])}{more}); "
-                    "give an empty directory. Nothing was changed."
-                )
+            refuse_foreign(path)
             write_superblock(superblock, uuids.uuid4().bytes)
         uuid = read_superblock(superblock)
         (path / "segments").mkdir(mode=0o700, exist_ok=True)
@@ -151,8 +159,8 @@ def open_index(
     """
     where = path / "index"
     shutil.rmtree(path / "index.tmp", ignore_errors=True)
-    namespaces = read_namespaces(path)
     with _translated(where):
+        namespaces = read_namespaces(path)
         if where.exists():
             if ssd_index.make_sound(where, map_bytes):
                 index = ssd_index.SsdIndex(where, map_bytes)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -19,16 +21,17 @@ from kvstore.block import Namespace
 from kvstore.codec import Codec, aligned_buffer, get_codec
 from kvstore.config import StoreConfig, parse_bytes
 from kvstore.control import Ack
-from kvstore.errors import IncompatibleError, KVStoreError
+from kvstore.errors import IncompatibleError, KVStoreError, OutOfSpaceError, StorageError
 from kvstore.metrics import Counters
 from kvstore.records import NOT_ON_SSD, RECORD, Records, hash_rows, records_from
-from kvstore.tiers.ssd import SsdConfig, SsdTier
+from kvstore.tiers.ssd import Locations, SsdConfig, SsdTier
 from kvstore.tiers.ssd_format import Records as Columns
 from kvstore.tiers.write_behind import Job, WriteBehind
 
 log = logging.getLogger(__name__)
 
 NO_CODEC = 0
+CLOSE_SECONDS_MIN = 1.0  # for closing files, once nothing is left to write
 _COLUMNS = ("hash", "parent", "depth", "segment", "page", "stored_bytes", "codec", "checksum")
 
 
@@ -60,6 +63,7 @@ class SsdSide:
         self._codecs: dict[tuple[int, int], Codec] = {}  # (core's number, codec id)
         self._to_tier: dict[int, int] = {}
         self._to_core: dict[int, int] = {}
+        self._unforgotten: Records = np.zeros(0, RECORD)  # garbage that the index still names
         self._writer = WriteBehind(self._write, parse_bytes(config.write_behind), counters)
 
     # --- namespaces and recovery
@@ -131,7 +135,7 @@ class SsdSide:
                 mine = [job for job in named if job.namespace_id == number]
                 self._write_blocks(number, self._todo(number, mine), durable)
             if durable:
-                self._tier.sync()
+                self._sync()
         finally:
             for job in jobs:
                 if job.lease:
@@ -139,9 +143,23 @@ class SsdSide:
             self._forget_garbage()
         for job in jobs:
             if job.future is not None:
-                on_ssd = self._core.residency(job.namespace_id, job.hashes) & 2
-                reached: Ack = job.ack if on_ssd.all() else "memory"
-                job.future.set_result(reached)
+                job.reach(self._level_of(job))
+
+    def _sync(self) -> None:
+        try:
+            self._tier.sync()
+        except (StorageError, OutOfSpaceError) as error:
+            self._counters.add("background_errors")
+            log.warning("%s", error)
+
+    def _level_of(self, job: Job) -> Ack:
+        if not np.all(self._core.residency(job.namespace_id, job.hashes) & 2):
+            return "memory"
+        if job.ack == "durable":
+            rows = records_from(self._core.describe(job.namespace_id, job.hashes))
+            if len(rows) < len(job.hashes) or not self._tier.synced(rows["segment"]).all():
+                return "memory"
+        return job.ack
 
     def _todo(self, number: int, jobs: list[Job]) -> npt.NDArray[np.uint8]:
         """Return the hashes to write, ancestors first, each once."""
@@ -150,13 +168,32 @@ class SsdSide:
             parts.append(hash_rows(self._core.ssd_gap(number, job.hashes[0].tobytes())))
             parts.append(job.hashes)
         hashes = np.concatenate(parts)
-        hashes = hashes[self._core.residency(number, hashes) == 1]
+        wanted = self._core.residency(number, hashes) == 1
+        for job in jobs:
+            if job.ack == "durable":
+                wanted |= self._on_unsyncable(number, job.hashes, hashes)
+        hashes = hashes[wanted]
         _, first = np.unique(hashes, axis=0, return_index=True)
         return np.ascontiguousarray(hashes[np.sort(first)])
 
+    def _on_unsyncable(
+        self, number: int, mine: npt.NDArray[np.uint8], hashes: npt.NDArray[np.uint8]
+    ) -> npt.NDArray[np.bool_]:
+        """Which of `hashes` are among `mine` and must be written anew to survive power loss."""
+        rows = records_from(self._core.describe(number, mine))
+        lost = rows["hash"][self._tier.sync_failed(np.ascontiguousarray(rows["segment"]))]
+        if len(lost) == 0:
+            return np.zeros(len(hashes), bool)
+        as_key = f"V{hashes.shape[1]}"
+        return np.isin(
+            np.ascontiguousarray(hashes).view(as_key).ravel(),
+            np.ascontiguousarray(lost).view(as_key).ravel(),
+        )
+
     def _write_blocks(self, number: int, hashes: npt.NDArray[np.uint8], durable: bool) -> None:
         block_bytes = self._specs[number].spec.block_bytes
-        step = max(1, WriteBehind.BATCH_BYTES // block_bytes)
+        # A quarter: what is being written is leased, and a disk may hang over it.
+        step = max(1, min(WriteBehind.BATCH_BYTES, self._core.arena.nbytes // 4) // block_bytes)
         while len(hashes):
             part = hashes[:step]
             lease, offsets, _, _, checksums = self._core.acquire(
@@ -195,27 +232,40 @@ class SsdSide:
             codecs[encoded.ok] = codec.id  # a refused block (NaN, say) is stored as it is
             addresses = np.where(encoded.ok, encoded.addrs, addresses)
             stored = np.where(encoded.ok, encoded.lengths, sizes).astype(np.uint32)
-        self._make_room(int((sizes if stored is None else stored).sum(dtype=np.int64)))
-        written = self._tier.write(
-            self._to_tier[number],
-            hashes,
-            np.ascontiguousarray(rows["parent"]),
-            rows["depth"].astype(np.uint32),
-            addresses,
-            sizes,
-            checksums,
-            durable=durable,
-            codecs=codecs,
-            stored_bytes=stored,
-        )
-        ok = written.ok
+        rows["codec"] = codecs
+        needed = sizes if stored is None else stored
+        done = 0
+        # Twice: a disk that has less room than its capacity says so only when it is written to.
+        for _ in range(2):
+            rest = slice(done, None)
+            self._make_room(int(needed[rest].sum(dtype=np.int64)))
+            written = self._tier.write(
+                self._to_tier[number],
+                hashes[rest],
+                np.ascontiguousarray(rows["parent"][rest]),
+                rows["depth"][rest].astype(np.uint32),
+                addresses[rest],
+                sizes[rest],
+                checksums[rest],
+                durable=durable,
+                codecs=codecs[rest],
+                stored_bytes=None if stored is None else stored[rest],
+            )
+            done += self._publish(rows[rest], written)
+            if done == n or not self._tier.needs_reclaim(0):
+                break
+        if done < n:
+            self._counters.add("ssd_write_failures", n - done)
+
+    def _publish(self, rows: Records, written: Locations) -> int:
+        """Tell the core where blocks lie now; return how many of `rows` were written."""
         rows["segment"], rows["page"] = written.segments, written.pages
-        rows["stored_bytes"], rows["codec"] = written.stored_bytes, codecs
+        rows["stored_bytes"] = written.stored_bytes
         rows["stored_checksum"] = written.stored_checksums
+        ok = written.ok
         self._core.set_ssd(np.ascontiguousarray(rows[ok]))
         self._counters.add("ssd_written_bytes", int(written.stored_bytes[ok].sum(dtype=np.int64)))
-        if not ok.all():
-            self._counters.add("ssd_write_failures", int((~ok).sum()))
+        return int(ok.sum())
 
     # --- reclaiming
 
@@ -253,12 +303,23 @@ class SsdSide:
     def _forget_garbage(self) -> None:
         """Delete records of copies that the core gave up, unless the block lies elsewhere now."""
         garbage = records_from(self._core.take_garbage())
+        if len(self._unforgotten):
+            garbage = np.unique(np.concatenate([self._unforgotten, garbage]))
+            self._unforgotten = np.zeros(0, RECORD)
         for number in np.unique(garbage["namespace"]).tolist():
-            hashes = np.ascontiguousarray(garbage["hash"][garbage["namespace"] == number])
-            gone = np.ascontiguousarray(hashes[self._core.residency(number, hashes) & 2 == 0])
-            if len(gone):
-                tier_numbers = np.full(len(gone), self._to_tier[number], np.uint32)
-                self._tier.forget(tier_numbers, gone)
+            rows = garbage[garbage["namespace"] == number]
+            hashes = np.ascontiguousarray(rows["hash"])
+            gone = self._core.residency(number, hashes) & 2 == 0
+            if not gone.any():
+                continue
+            tier_numbers = np.full(int(gone.sum()), self._to_tier[number], np.uint32)
+            try:
+                self._tier.forget(tier_numbers, np.ascontiguousarray(hashes[gone]))
+            except (StorageError, OutOfSpaceError) as error:
+                # Records that stay would bring removed blocks back at the next opening.
+                self._unforgotten = np.concatenate([self._unforgotten, rows[gone]])
+                self._counters.add("background_errors")
+                log.warning("%s", error)
 
     # --- reading
 
@@ -321,8 +382,19 @@ class SsdSide:
             "kvstore_write_behind_bytes": self._writer.queued_bytes,
         }
 
-    def close(self) -> None:
+    @property
+    def checksum_failures(self) -> int:
+        """Reads of blocks, by whoever, that failed their checksum."""
+        return self._tier.counters["read_checksum"]
+
+    def close(self, timeout: float = 60.0) -> None:
         self.forget_later()
-        self._writer.close(timeout=60.0)
+        deadline = time.monotonic() + timeout
+        self._writer.close(timeout)
         self._core.release_owner(self._owner)
-        self._tier.close()
+        # On a thread of its own: it waits for reads and writes that a hung disk may never end.
+        ending = threading.Thread(target=self._tier.close, name="kvstore-ssd-close", daemon=True)
+        ending.start()
+        ending.join(max(CLOSE_SECONDS_MIN, deadline - time.monotonic()))
+        if ending.is_alive():
+            log.warning("the ssd does not answer; its directory stays in use until it does")

@@ -10,12 +10,13 @@ is never held up by a slow disk. Promised jobs wait for room until their deadlin
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -40,6 +41,16 @@ class Job:
     lease: int = 0
     future: Future[Ack] | None = field(default=None)
 
+    def reach(self, level: Ack) -> None:
+        if self.future is not None:
+            with contextlib.suppress(InvalidStateError):  # given up by close meanwhile
+                self.future.set_result(level)
+
+    def fail(self, error: Exception) -> None:
+        if self.future is not None:
+            with contextlib.suppress(InvalidStateError):
+                self.future.set_exception(error)
+
 
 class WriteBehind:
     """A bounded queue and the thread that empties it through `write`.
@@ -58,7 +69,7 @@ class WriteBehind:
         self._condition = threading.Condition()
         self._jobs: deque[Job] = deque()
         self._queued_bytes = 0
-        self._writing = False
+        self._batch: list[Job] = []  # under way
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="kvstore-write-behind", daemon=True)
         self._thread.start()
@@ -86,22 +97,22 @@ class WriteBehind:
     def flush(self, timeout: float) -> bool:
         """Wait until everything queued so far is written; False when `timeout` seconds went by."""
         with self._condition:
-            return self._condition.wait_for(lambda: not self._jobs and not self._writing, timeout)
+            return self._condition.wait_for(lambda: not self._jobs and not self._batch, timeout)
 
     def close(self, timeout: float) -> bool:
         """Write what is queued, for at most `timeout` seconds, then end the thread."""
+        deadline = time.monotonic() + timeout
         done = self.flush(timeout)
         with self._condition:
             self._closing = True
-            left = [] if done else list(self._jobs)
+            left = [] if done else [*self._batch, *self._jobs]
             if left:
                 self._jobs.clear()
                 self._queued_bytes = 0
             self._condition.notify_all()
         for job in left:
-            if job.future is not None:
-                job.future.set_exception(StoreClosedError("the store was closed before the write"))
-        self._thread.join(timeout)
+            job.fail(StoreClosedError("the store was closed before the write"))
+        self._thread.join(max(0.0, deadline - time.monotonic()) if left else None)
         return done and not self._thread.is_alive()
 
     def _take(self) -> list[Job]:
@@ -113,21 +124,20 @@ class WriteBehind:
                 job = self._jobs.popleft()
                 size += job.num_bytes
                 batch.append(job)
-            self._writing = bool(batch)
+            self._batch = batch
             return batch
 
     def _run(self) -> None:
         while batch := self._take():
             try:
                 self._write(batch)
-            except Exception as error:
+            except Exception:
                 self._counters.add("background_errors")
                 log.exception("write-behind step failed")
                 for job in batch:
-                    if job.future is not None and not job.future.done():
-                        job.future.set_exception(error)
+                    job.reach("memory")
             with self._condition:
                 self._queued_bytes -= sum(job.num_bytes for job in batch)
                 self._queued_bytes = max(0, self._queued_bytes)
-                self._writing = False
+                self._batch = []
                 self._condition.notify_all()

@@ -369,7 +369,7 @@ def test_foreign_directory_is_refused_untouched(tmp_path: Path) -> None:
     (path / "cat.jpg").write_bytes(b"meow")
     with pytest.raises(IncompatibleError, match=r"cat\.jpg"):
         open_tier(path)
-    assert sorted(os.listdir(path)) == ["cat.jpg", "lock"]
+    assert sorted(os.listdir(path)) == ["cat.jpg"]
     assert (path / "cat.jpg").read_bytes() == b"meow"
 
 
