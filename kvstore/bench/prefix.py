@@ -162,7 +162,7 @@ def index(scale: Scale) -> list[Figure]:
         blocks: [hashes[random.integers(0, blocks, batch)] for _ in range(rounds)]
         for blocks in (many, few)
     }
-    half, probes = chain_blocks // 2, 200
+    half, probes = chain_blocks // 2, 50
     chains = {
         blocks: [
             [_half_resident(hashes, start * chain_blocks, half) for start in starts]
