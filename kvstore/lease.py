@@ -24,7 +24,15 @@ class Lease:
     Thread safety: `load` may run on several threads; `release` once.
     """
 
-    __slots__ = ("_control", "_granted", "_hashes", "_released", "_threads", "_verify")
+    __slots__ = (
+        "_checked",
+        "_control",
+        "_granted",
+        "_hashes",
+        "_released",
+        "_threads",
+        "_verify",
+    )
 
     def __init__(
         self, control: Control, hashes: BlockHashes, granted: Granted, verify: bool, threads: int
@@ -35,6 +43,7 @@ class Lease:
         self._verify = verify
         self._threads = threads
         self._released = granted.lease == 0
+        self._checked = np.zeros(len(granted.offsets) if verify else 0, bool)
 
     @property
     def num_blocks(self) -> int:
@@ -87,16 +96,30 @@ class Lease:
         num_good = len(ids)
         if layers is not None:
             begin, end = buffers.layer_range(layers[0], layers[1] - layers[0])
+            if self._verify:
+                num_good = self._check_once(chosen, addresses)
             _native.scatter_range(buffers.plan, ids, addresses, begin, end, self._threads)
         elif self._verify:
             sums = np.empty(len(ids), np.uint64)
             _native.scatter(buffers.plan, ids, addresses, sums, self._threads)
             num_good = _leading(sums == granted.checksums[chosen])
-            if num_good < len(ids):
-                self._control.report_corrupt(self._hashes[first + num_good])
         else:
             _native.scatter(buffers.plan, ids, addresses, None, self._threads)
-        return min(num_good, _leading(self._still_there(chosen)))
+        # First of all: where the lease had ended, the bytes are another block's, not damaged.
+        num_there = _leading(self._still_there(chosen))
+        if num_good < num_there:
+            self._control.report_corrupt(self._hashes[first + num_good])
+        return min(num_good, num_there)
+
+    def _check_once(self, chosen: slice, addresses: npt.NDArray[np.uint64]) -> int:
+        """Return how many leading blocks match their checksum. A block that is read layer by layer
+        is checked before its first layer: one layer has no checksum of its own."""
+        todo = np.flatnonzero(~self._checked[chosen])
+        sums = np.empty(len(todo), np.uint64)
+        size = self._control.namespace.spec.block_bytes
+        _native.checksum_blocks(np.ascontiguousarray(addresses[todo]), size, sums, self._threads)
+        self._checked[chosen.start + todo] = sums == self._granted.checksums[chosen][todo]
+        return _leading(self._checked[chosen])
 
     def block(self, index: int) -> npt.NDArray[np.uint8]:
         """Return a read-only view of one block's bytes, shape (block_bytes,), no copy.

@@ -732,6 +732,30 @@ def test_a_flipped_bit_in_dram_is_a_miss_when_every_read_is_checked(
     assert store.stats()["kvstore_integrity_failures_total"] == 2
 
 
+def test_a_flipped_bit_is_a_miss_in_a_load_by_layers_too(opened: Open) -> None:
+    store = opened(verify="always")
+    hashes = chain(1, 4)
+    _, source = paged(4, list(hashes))
+    store.put(hashes, source).wait()
+    _, pool = paged(4, list(hashes))
+    with store.acquire(hashes) as lease:
+        assert lease.load(pool, [0, 1, 2, 3], layers=(0, 1)) == 4
+    at = lease_address(store, hashes, 2)
+    store.control.arena[at + BLOCK_BYTES - 1] ^= 8  # in the last layer
+    with store.acquire(hashes) as lease:
+        assert lease.load(pool, [0, 1, 2, 3], layers=(0, 1)) == 2
+        assert lease.load(pool, [0, 1], layers=(1, 4)) == 2
+    assert store.match(hashes) == 2
+    assert store.stats()["kvstore_integrity_failures_total"] == 1
+
+
+def lease_address(store: Store, hashes: BlockHashes, index: int) -> int:
+    """Where in the arena a block lies."""
+    with store.acquire(hashes) as lease:
+        address: int = lease.block(index).__array_interface__["data"][0]
+        return address - store.control.arena.ctypes.data
+
+
 # --- the end
 
 
