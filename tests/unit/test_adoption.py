@@ -4,6 +4,8 @@ The first core is dropped without a word, with a duplicate of its descriptor kep
 holder has after a kill -9. Between the two, tests change bytes of the memory at chosen places.
 """
 
+import fcntl
+import json
 import os
 import struct
 import tempfile
@@ -70,8 +72,6 @@ def copy_of(view: View, size: int | None = None, seal: bool = True) -> int:
     os.write(fd, raw)
     os.ftruncate(fd, len(raw) if size is None else size)
     if seal:
-        import fcntl
-
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
     return fd
 
@@ -100,8 +100,6 @@ def test_sparse_copy_is_refused(view: View) -> None:
     fd = os.memfd_create("sparse", os.MFD_ALLOW_SEALING)
     os.write(fd, head)
     os.ftruncate(fd, os.fstat(view.keep).st_size)
-    import fcntl
-
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
     with pytest.raises(ValueError, match="has less memory than its size"):
         _native.StoreCore.adopt(fd, "lru")
@@ -387,10 +385,10 @@ def test_namespaces_may_be_numbered_anew_again_and_again() -> None:
     numbers = {name: view.core.add_namespace(SIZE) for name in names}
     for salt, name in enumerate(names):
         view.put(chain("same", 4), numbers[name], salt=salt)
-    view.core.set_metadata(repr(numbers).encode())
+    view.core.set_metadata(json.dumps(numbers).encode())
     for turn in range(4):
         core = _native.StoreCore.adopt(view.die(), "lru")
-        before = eval(core.metadata())
+        before = json.loads(core.metadata())
         names = names[1:] + names[:1]  # another order each time
         numbers = {name: core.add_namespace(SIZE) for name in names}
         found = core.recover({before[name]: numbers[name] for name in names})
@@ -399,7 +397,7 @@ def test_namespaces_may_be_numbered_anew_again_and_again() -> None:
         for salt, name in enumerate(("one", "two", "three")):
             assert view.load(chain("same", 4), numbers[name], salt=salt) == 4
         if turn != 1:  # once, the process ends before it said how it numbers
-            core.set_metadata(repr(numbers).encode())
+            core.set_metadata(json.dumps(numbers).encode())
     os.close(view.die())
 
 
