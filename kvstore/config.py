@@ -20,6 +20,7 @@ from kvstore.errors import ConfigError
 
 Verify = Literal["boundary", "always"]
 IoKind = Literal["auto", "uring", "threads"]
+Admission = Literal["all", "reuse"]
 
 _UNITS = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
@@ -27,6 +28,7 @@ for _power, _letter in enumerate("kmgt", start=1):
     _UNITS[_letter + "b"] = 1000**_power
 
 
+_SIZES = ("cpu", "chunk", "ssd_capacity", "ssd_segment", "write_behind", "ssd_write_budget")
 _PREFIX = "KVSTORE_"
 # Variables of the build, of benches and of the transport, not settings of a store.
 _NOT_OURS = frozenset(("KVSTORE_BUILD_JOBS", "KVSTORE_SANITIZE", "KVSTORE_UCX_LIB"))
@@ -82,14 +84,16 @@ class StoreConfig:
     ssd_depth: int = 16  # requests in flight
     codec: str = "none"  # how blocks are encoded on ssd: none, zstd, int8 (lossy), fp8 (lossy)
     write_behind: int | str = (
-        "256MiB"  # bytes that may wait for the ssd; over it, blocks stay in DRAM
+        "256MiB"  # bytes that may wait for the ssd; over it, blocks are offered again later
     )
+    ssd_admission: Admission = "all"  # "reuse": a block is written to ssd when it is used again
+    ssd_write_budget: int | str = 0  # bytes a second that may be written to ssd; 0: no bound
     lease_seconds: float = 60.0  # how long acquired blocks stay pinned unless released
 
     def __post_init__(self) -> None:
-        for name in ("cpu", "chunk", "ssd_capacity", "ssd_segment", "write_behind"):
+        for name in _SIZES:
             object.__setattr__(self, name, parse_bytes(getattr(self, name), name))
-        for name, kind in (("verify", Verify), ("ssd_io", IoKind)):
+        for name, kind in (("verify", Verify), ("ssd_io", IoKind), ("ssd_admission", Admission)):
             if getattr(self, name) not in get_args(kind):
                 raise ConfigError(
                     f"{name}: {getattr(self, name)!r} is not one of {', '.join(get_args(kind))}"
@@ -153,7 +157,7 @@ def _coerce(name: str, value: Any) -> Any:
             return False
         raise ConfigError(f"{name}: {value!r} is not true or false")
     try:
-        return type(default)(value) if name != "chunk" else value
+        return value if name in _SIZES else type(default)(value)
     except ValueError:
         raise ConfigError(f"{name}: {value!r} is not a number") from None
 
