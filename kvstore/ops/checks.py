@@ -21,6 +21,7 @@ Level = Literal["ok", "warn", "fail"]
 
 _KERNEL_MIN = (5, 6)  # io_uring's reads and writes
 _KERNEL_GOOD = (5, 15)
+_KERNEL_COLLAPSE = (6, 1)
 _SPARE_BYTES = 1 << 30  # for index, Python and clients beside the arena
 _RECORD_BYTES = 256  # of LMDB file a block: a record of 116 bytes in pages about half full
 _BLOCK_BYTES = 64 << 10  # a small block: the most records that a capacity is likely to hold
@@ -72,10 +73,13 @@ def check_config(_: Probes, context: Context) -> Verdict:
     return ok("settings are valid")
 
 
+def _kernel(probes: Probes) -> tuple[int, int]:
+    match = re.match(r"(\d+)\.(\d+)", probes.release())
+    return (int(match[1]), int(match[2])) if match else (0, 0)
+
+
 def check_kernel(probes: Probes, _: Context) -> Verdict:
-    release = probes.release()
-    match = re.match(r"(\d+)\.(\d+)", release)
-    version = (int(match[1]), int(match[2])) if match else (0, 0)
+    release, version = probes.release(), _kernel(probes)
     if version < _KERNEL_MIN:
         return warn(f"Linux {release}", "5.6 or later has io_uring; I/O uses threads until then")
     if version < _KERNEL_GOOD:
@@ -205,9 +209,11 @@ def check_shmem_thp(probes: Probes, context: Context) -> Verdict:
         return ok("not needed: reserved huge pages are used")
     if chosen is None:
         return warn("this kernel has none", "set huge_pages = true and reserve huge pages")
-    if chosen[1] in ("never", "deny"):
+    # From 6.1 on the arena asks for huge pages by MADV_COLLAPSE, which only "deny" refuses.
+    refused = ("deny",) if _kernel(probes) >= _KERNEL_COLLAPSE else ("never", "deny")
+    if chosen[1] in refused:
         return warn(
-            f"{chosen[1]}",
+            chosen[1],
             f"the arena may stay on 4 KiB pages: echo advise > {path}, or reserve huge pages",
         )
     return ok(chosen[1])
