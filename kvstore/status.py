@@ -67,6 +67,14 @@ class LoggedError(TypedDict):
     message: str
 
 
+class Scrubbed(TypedDict):
+    """Answer to one AdminVerify: a piece of a round over everything in DRAM."""
+
+    checked_bytes: int
+    removed_blocks: int  # damaged
+    whole: bool  # the round is done
+
+
 class Status(TypedDict):
     version: str
     epoch: str

@@ -140,16 +140,20 @@ def _print_namespaces(found: list[Mapping[str, Any]], as_json: bool) -> None:
 def _print_blocks(
     admin: Admin, namespace: Mapping[str, Any], hashes: list[bytes], as_json: bool
 ) -> None:
-    question = wire.AdminInspect(int(namespace["number"]), b"".join(hashes))
-    answer = admin.call(question)
+    answer = admin.call(wire.AdminInspect(int(namespace["number"]), b"".join(hashes)))
+    found = dict(answer) if isinstance(answer, Mapping) else {"blocks": answer}
     if as_json:
-        print_json({"namespace": namespace, "blocks" if hashes else "counts": answer})
+        print_json({"namespace": namespace, **found})
         return
     out = console()
     out.print(views.namespaces([namespace]))
-    rows = _rows(answer if hashes else [answer])
-    if rows:
-        out.print(_generic(rows))
+    blocks = _rows(found.pop("blocks", None))
+    if found:
+        out.print()
+        out.print(_generic([found]))
+    if blocks:
+        out.print()
+        out.print(_generic(blocks))
 
 
 def _generic(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -187,6 +191,7 @@ def describe_directory(directory: OfflineDirectory) -> dict[str, Any]:
             {
                 "number": n.number,
                 "digest": n.digest.hex(),
+                "tenant": n.tenant,
                 "model": n.namespace.model if n.namespace else None,
                 "block_bytes": n.namespace.spec.block_bytes if n.namespace else None,
                 "blocks": n.live_blocks,

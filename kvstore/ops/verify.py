@@ -187,8 +187,8 @@ def _daemon(admin: Admin, timeout: float, as_json: bool) -> bool:
 def _step(admin: Admin, timeout: float) -> tuple[int, int, bool]:
     """One piece of a round: bytes checked, blocks removed, whether the round is whole."""
     answer = admin.call(wire.AdminVerify(_STEP_SECONDS), _STEP_SECONDS + timeout)
-    if isinstance(answer, list) and len(answer) == 3:
-        return int(answer[0]), int(answer[1]), bool(answer[2])
+    if isinstance(answer, Mapping) and {"checked_bytes", "removed_blocks", "whole"} <= set(answer):
+        return int(answer["checked_bytes"]), int(answer["removed_blocks"]), bool(answer["whole"])
     raise IncompatibleError(f"{admin.address}: answered a check with {str(answer)[:80]!r}")
 
 

@@ -27,6 +27,7 @@ from kvstore.block import Namespace
 from kvstore.codec import CodecId
 from kvstore.errors import ConfigError, IncompatibleError, InUseError, KVStoreError
 from kvstore.tiers import ssd_index, ssd_open
+from kvstore.tiers.names import parse_stored, stored_key
 from kvstore.tiers.segment_log import Segment, SegmentLog
 from kvstore.tiers.ssd_format import (
     HEADER,
@@ -66,8 +67,8 @@ class NamespaceInfo:
     """A namespace of the directory. `namespace` is None where the description is not readable."""
 
     number: int
-    digest: bytes
-    description: bytes
+    digest: bytes  # of tenant and namespace; see tiers/names.py
+    tenant: str
     namespace: Namespace | None
     live_blocks: int = 0
     stored_bytes: int = 0
@@ -244,12 +245,11 @@ def read_json(data: bytes) -> Any:
 
 
 def _info(number: int, digest: bytes, description: bytes) -> NamespaceInfo:
-    namespace = None
     with contextlib.suppress(KVStoreError, TypeError, KeyError):
-        namespace = Namespace.from_description(read_json(description))
-        if namespace.digest != digest:
-            namespace = None
-    return NamespaceInfo(number, digest, description, namespace)
+        tenant, namespace = parse_stored(read_json(description))
+        if stored_key(tenant, namespace) == digest:
+            return NamespaceInfo(number, digest, tenant, namespace)
+    return NamespaceInfo(number, digest, "", None)
 
 
 def _segment(path: Path, number: int, uuid: bytes) -> SegmentFile:
