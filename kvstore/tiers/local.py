@@ -137,7 +137,9 @@ class Tiers:
             values[name] = core[key]
         if self.ssd is not None:
             values.update(self.ssd.gauges())
-            values["kvstore_integrity_failures_total"] += self.ssd.checksum_failures
+            failures = self.ssd.checksum_failures
+            values["kvstore_integrity_failures_total"] += failures
+            values["kvstore_integrity_failures_ssd_total"] += failures
         return values
 
     @property
@@ -174,6 +176,7 @@ class LocalControl:
         self._owns_tiers = owns_tiers
         self._closed = False
         self._block_bytes = namespace.spec.block_bytes
+        self._block_tokens = namespace.spec.block_tokens
 
     @property
     def namespace(self) -> Namespace:
@@ -226,7 +229,9 @@ class LocalControl:
         held = len(granted.offsets)
         hit_cpu = min(in_cpu, held)
         num_bytes = held * self._block_bytes
-        self._tiers.counters.add_load(len(hashes), hit_cpu, held - hit_cpu, num_bytes)
+        self._tiers.counters.add_load(
+            len(hashes), hit_cpu, held - hit_cpu, num_bytes, self._block_tokens
+        )
         return granted
 
     def _promote_and_acquire(
@@ -280,7 +285,7 @@ class LocalControl:
         is_all = loaded == len(hashes) or self._tiers.ssd is None or self.match(hashes) <= loaded
         if is_all:
             num_bytes = loaded * self._block_bytes
-            self._tiers.counters.add_load(len(hashes), loaded, 0, num_bytes)
+            self._tiers.counters.add_load(len(hashes), loaded, 0, num_bytes, self._block_tokens)
         return loaded, is_all
 
     def prefetch(self, hashes: BlockHashes) -> Future[TransferResult]:
