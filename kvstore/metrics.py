@@ -172,7 +172,31 @@ STORE_METRICS: tuple[Metric, ...] = (
         "segments freed",
         ssd="kvstore_ssd_reclaimed_segments_total",
     ),
-    Metric("kvstore_write_behind_dropped_blocks_total", "counter", "puts not queued: queue full"),
+    Metric(
+        "kvstore_ssd_admission_skipped_blocks_total",
+        "counter",
+        "blocks not written to ssd when they were due: over the write budget",
+    ),
+    Metric(
+        "kvstore_ssd_quota_refused_blocks_total",
+        "counter",
+        "blocks not written to ssd: over their tenant's quota",
+    ),
+    Metric(
+        "kvstore_write_behind_deferred_blocks_total",
+        "counter",
+        "blocks offered to the ssd again later: queue full",
+    ),
+    Metric(
+        "kvstore_write_behind_dropped_blocks_total",
+        "counter",
+        "blocks that stay in DRAM only: queue full, and too much to offer again",
+    ),
+    Metric(
+        "kvstore_prefetch_dropped_blocks_total",
+        "counter",
+        "blocks of prefetches not begun: too many wait, or the disk does not answer",
+    ),
     Metric("kvstore_background_errors_total", "counter", "failures of a background thread's step"),
     Metric("kvstore_deadline_exceeded_total", "counter", "calls that gave up at their deadline"),
     Metric("kvstore_leases_expired_total", "counter", "leases that ended by time"),
@@ -203,6 +227,7 @@ STORE_METRICS: tuple[Metric, ...] = (
     Metric("kvstore_codec_error_rms_relative", "gauge", "sampled error of a lossy codec"),
     Metric("kvstore_codec_error_abs_max", "gauge", "largest sampled error of a lossy codec"),
     Metric("kvstore_write_behind_bytes", "gauge", "bytes waiting for the ssd"),
+    Metric("kvstore_write_behind_deferred_blocks", "gauge", "blocks to be offered to it later"),
 )
 
 
