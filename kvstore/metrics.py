@@ -227,7 +227,7 @@ STORE_METRICS: tuple[Metric, ...] = (
     Metric("kvstore_codec_error_rms_relative", "gauge", "sampled error of a lossy codec"),
     Metric("kvstore_codec_error_abs_max", "gauge", "largest sampled error of a lossy codec"),
     Metric("kvstore_write_behind_bytes", "gauge", "bytes waiting for the ssd"),
-    Metric("kvstore_write_behind_deferred_blocks", "gauge", "blocks to be offered to it later"),
+    Metric("kvstore_write_behind_backlog_blocks", "gauge", "blocks to be offered to it later"),
 )
 
 
