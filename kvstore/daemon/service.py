@@ -20,7 +20,7 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
@@ -32,7 +32,7 @@ from kvstore import _native
 from kvstore.address import tcp_address
 from kvstore.auth import read_secret
 from kvstore.config import DaemonConfig
-from kvstore.config_sources import notify_socket
+from kvstore.config_sources import fallback_directory, notify_socket
 from kvstore.daemon import report
 from kvstore.daemon.holding import Holding
 from kvstore.daemon.logs import RecentErrors
@@ -130,7 +130,12 @@ class Service:
         self.addresses = list(self._server.addresses)
         if config.http:
             self._start_http(environment_token)
-        each_second: list[Callable[[], object]] = [self._holding.check, self._tiers.core.expire_leases, self._sweep, self._look]
+        each_second: list[Callable[[], object]] = [
+            self._holding.check,
+            self._tiers.core.expire_leases,
+            self._sweep,
+            self._look,
+        ]
         upkeep = Upkeep(
             self._scrubber, config.scrub_bytes_per_second, each_second, self._tiers.counters
         )
