@@ -172,7 +172,7 @@ def test_beyond_loopback_nobody_listens_without_a_secret(tmp_path: Path) -> None
         tenants_of(DaemonConfig(tcp=tcp), None, OURS)
     with pytest.raises(ConfigError, match="KVSTORE_TOKEN"):
         tenants_of(DaemonConfig(), b"short", OURS)
-    with pytest.raises(ConfigError, match="tenants.a.token_file"):
+    with pytest.raises(ConfigError, match=r"tenants\.a\.token_file"):
         tenants_of(
             DaemonConfig(tenants={"a": TenantConfig(token_file=str(tmp_path / "no"))}), None, OURS
         )
