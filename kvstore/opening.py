@@ -15,7 +15,7 @@ from kvstore.errors import ConfigError
 from kvstore.store import Store
 
 if TYPE_CHECKING:
-    from kvstore.daemon.server import Server
+    from kvstore.daemon.server1 import Server
 
 
 def open_store(
@@ -104,7 +104,7 @@ def share(store: Store, address: str) -> Server:
         ConfigError: the store is not an embedded one, or the address is wrong.
         InUseError: another server listens there.
     """
-    from kvstore.daemon.server import Server
+    from kvstore.daemon.server1 import Server
     from kvstore.tiers.local import LocalControl
 
     control = store.control
