@@ -265,11 +265,18 @@ class Tiers:
 class LocalControl:
     """One client's view of one namespace of `Tiers`; see `kvstore.control.Control`."""
 
-    def __init__(self, tiers: Tiers, namespace: Namespace, *, owns_tiers: bool) -> None:
+    def __init__(
+        self,
+        tiers: Tiers,
+        namespace: Namespace,
+        *,
+        owns_tiers: bool,
+        tenant: int = DEFAULT_TENANT,
+    ) -> None:
         self._tiers = tiers
         self._core = tiers.core
         self._namespace = namespace
-        self._id = tiers.bind(namespace)
+        self._id = tiers.bind(namespace, tenant)
         self._owner = self._core.new_owner()
         self._events_lock = threading.Lock()
         self._events_seen: int | None = None  # None until somebody asks for events
