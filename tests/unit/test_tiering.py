@@ -290,7 +290,7 @@ def test_what_does_not_fit_the_queue_is_written_later_or_counted(
 ) -> None:
     disk, counters = Disk(), Counters()
     writer = WriteBehind(disk.write, max_bytes, counters)
-    writer.BACKLOG_BLOCKS_MAX = backlog_max  # type: ignore[misc]
+    writer.BACKLOG_BLOCKS_MAX = backlog_max
     offered: list[tuple[int, bytes]] = []
     for i, (number, length, later) in enumerate(puts):
         hashes = chain(i + 1, length).array
@@ -314,7 +314,7 @@ def test_what_does_not_fit_the_queue_is_written_later_or_counted(
 def test_what_was_put_off_longest_is_dropped_first() -> None:
     disk, counters = Disk(), Counters()
     writer = WriteBehind(disk.write, 10, counters)
-    writer.BACKLOG_BLOCKS_MAX = 3  # type: ignore[misc]
+    writer.BACKLOG_BLOCKS_MAX = 3
     for seed in range(1, 6):
         assert writer.offer_later(Job(seed, chain(seed, 1).array, 10))
     while writer.backlog_blocks > 3:
