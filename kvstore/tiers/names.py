@@ -87,4 +87,7 @@ def unpack_metadata(data: bytes) -> list[tuple[int, str, Namespace]]:
         rows = [(int(number), *parse_stored(described)) for number, described in body["namespaces"]]
     except (ValueError, TypeError, LookupError, RecursionError, KVStoreError) as error:
         raise IncompatibleError(f"arena: its metadata cannot be read: {error}") from error
+    keys = {stored_key(tenant, namespace) for _, tenant, namespace in rows}
+    if min(len(keys), len({number for number, *_ in rows})) < len(rows):
+        raise IncompatibleError("arena: its metadata names namespaces twice")
     return sorted(rows, key=lambda row: row[0])

@@ -6,8 +6,8 @@ what they stored, over reopening, and a directory of version 0.1.0 belongs to th
 """
 
 import json
+import os
 import threading
-from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,13 @@ from tests.store_support import (
     SLOTS,
     SPEC,
     WAIT_S,
-    buffers_of,
     chain,
     load,
     open_store,
     put,
 )
+
+OTHER = Namespace("other", SPEC)
 
 
 def tiers_of(store: Store) -> Tiers:
@@ -416,13 +417,6 @@ def open_as(path: Path, tenants: list[Tenant], tenant: str) -> Store:
     return store_of(control, config)
 
 
-needs_tenants: Callable[[Any], Any] = pytest.mark.skipif(
-    not hasattr(_native.StoreCore, "add_tenant"),
-    reason="the core has no tenants",
-)
-
-
-@needs_tenants
 def test_a_tenant_finds_its_own_blocks_after_reopening(tmp_path: Path) -> None:
     hashes = chain(1, 3)
     with open_store(tmp_path / "ssd") as store:
@@ -440,7 +434,6 @@ def test_a_tenant_finds_its_own_blocks_after_reopening(tmp_path: Path) -> None:
             assert load(store, hashes) == there
 
 
-@needs_tenants
 def test_a_tenants_ssd_quota_holds_over_reopening(tmp_path: Path) -> None:
     teams = [Tenant("red", ssd_quota=3 * BLOCK_BYTES), Tenant("blue")]
     for seed in (1, 2):
@@ -457,69 +450,78 @@ def test_a_tenants_ssd_quota_holds_over_reopening(tmp_path: Path) -> None:
 # -- an arena that outlived its daemon
 
 
-class Adopted:
-    """A core as after `StoreCore.adopt`, but for what is in the arena."""
-
-    def __init__(self, metadata: bytes, not_on_ssd: dict[int, BlockHashes]) -> None:
-        self._core = _native.StoreCore(1 << 20, 1 << 20, False, "lru")
-        self._metadata = metadata
-        self._not_on_ssd = not_on_ssd
-        self.recovered: dict[int, int] | None = None
-        self.restored_before = -1
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._core, name)
-
-    def metadata(self) -> bytes:
-        return self._metadata
-
-    def set_metadata(self, data: bytes) -> None:
-        assert self.recovered is not None, "the old metadata is the right one until then"
-        self._metadata = data
-
-    def recover(self, numbers: dict[int, int]) -> dict[str, int]:
-        self.recovered = numbers
-        self.restored_before = self._core.stats()["ssd_blocks"]
-        owner = self._core.new_owner()
-        for number, hashes in self._not_on_ssd.items():
-            source = buffers_of(hashes)
-            self._core.put(
-                owner, number, hashes.array, hashes.start, hashes.parent, source.plan,
-                np.arange(len(hashes)), 1,
-            )  # fmt: skip
-        return {"adopted": sum(map(len, self._not_on_ssd.values()))}
-
-    def recovered_not_on_ssd(self, number: int) -> bytes:
-        hashes = self._not_on_ssd.get(number)
-        return b"" if hashes is None else hashes.array.tobytes()
+def left_behind(path: Path, tenants: list[Tenant]) -> int:
+    """An arena as a killed daemon leaves it; what was put is not on ssd but for one chain."""
+    config = StoreConfig(
+        cpu="1MiB", chunk="1MiB", ssd=str(path / "ssd"), ssd_capacity="4MiB",
+        ssd_segment="512KiB", ssd_admission="reuse",
+    )  # fmt: skip
+    tiers = Tiers(config, BLOCK_BYTES, tenants=tenants)
+    for i, (namespace, tenant) in enumerate(
+        [(OTHER, ""), (NAMESPACE, "red"), (NAMESPACE, "blue"), (NAMESPACE, "")]
+    ):
+        number = tiers.tenant(tenant)
+        control = LocalControl(tiers, namespace, owns_tiers=False, tenant=number)
+        assert put(store_of(control, config), chain(i + 1, i + 1)).num_stored == i + 1
+    assert put(store_of(control, config), chain(9, 2), ack="ssd").ack == "ssd"
+    fd = os.dup(tiers.core.arena_fd)
+    assert tiers.ssd is not None
+    tiers.ssd.close()  # a killed one would give the directory back too
+    return fd
 
 
-def test_an_adopted_arena_keeps_its_numbers_and_is_written_to_ssd(tmp_path: Path) -> None:
-    other, third = Namespace("other", SPEC), Namespace("third", SPEC)
-    with open_store(tmp_path / "ssd") as store:  # the ssd numbers them otherwise
-        put(store, chain(1, 2), ack="ssd")
-    metadata = pack_metadata([(0, "", other), (1, "gone", NAMESPACE), (2, "", NAMESPACE)])
-    core: Any = Adopted(metadata, {0: chain(2, 3), 2: chain(3, 4)})
-    tiers = Tiers(config_at(tmp_path), BLOCK_BYTES, core=core)
-    assert core.recovered == {0: 0, 2: 2}
-    assert core.restored_before == 2
-    assert tiers.recovered == {"adopted": 7}
-    assert [tiers.bind(name) for name in (other, NAMESPACE, third)] == [0, 2, 3]
-    found = unpack_metadata(core.metadata())
-    assert [(number, tenant) for number, tenant, _ in found] == [
-        (0, ""), (1, "gone"), (2, ""), (3, ""),
-    ]  # fmt: skip
+def test_an_adopted_arena_is_served_and_written_to_ssd(tmp_path: Path) -> None:
+    red, blue = Tenant("red"), Tenant("blue")
+    fd = left_behind(tmp_path, [red, blue])
+    core = _native.StoreCore.adopt(fd, "lru")
+    tiers = Tiers(config_at(tmp_path), BLOCK_BYTES, core=core, tenants=[blue])
+    assert tiers.recovered is not None
+    assert tiers.recovered["adopted"] == 1 + 3 + 4 + 2
     assert tiers.ssd is not None
     assert tiers.ssd.flush(WAIT_S)
-    assert (tiers.core.residency(0, chain(2, 3).array) == 3).all()
-    assert (tiers.core.residency(2, chain(3, 4).array) == 3).all()
-    assert tiers.core.match(2, chain(1, 2).array, 0) == 2
+    for namespace, tenant, hashes in (
+        (OTHER, "", chain(1, 1)), (NAMESPACE, "blue", chain(3, 3)), (NAMESPACE, "", chain(4, 4)),
+        (NAMESPACE, "", chain(9, 2)),
+    ):  # fmt: skip
+        control = LocalControl(tiers, namespace, owns_tiers=False, tenant=tiers.tenant(tenant))
+        assert (control.residency(hashes) == 3).all()
+        assert load(store_of(control, tiers.config), hashes) == len(hashes)
+    assert tiers.stats()["kvstore_cpu_blocks"] == 10  # those of the tenant that is gone are freed
     tiers.close()
+    os.close(fd)
 
 
-def test_an_arena_whose_metadata_is_damaged_is_refused(tmp_path: Path) -> None:
-    core: Any = Adopted(b"{", {})
+def test_an_arena_is_adopted_again_and_again(tmp_path: Path) -> None:
+    teams = [Tenant("red"), Tenant("blue")]
+    fd = left_behind(tmp_path, teams)
+    for turn in range(3):
+        tiers = Tiers(
+            config_at(tmp_path),
+            BLOCK_BYTES,
+            core=_native.StoreCore.adopt(fd, "lru"),
+            tenants=teams[:: 1 if turn % 2 else -1],
+        )
+        for i, tenant in enumerate(["red", "blue", ""]):
+            control = LocalControl(tiers, NAMESPACE, owns_tiers=False, tenant=tiers.tenant(tenant))
+            assert load(store_of(control, tiers.config), chain(i + 2, i + 2)) == i + 2
+        third = Namespace(f"turn {turn}", SPEC)
+        control = LocalControl(tiers, third, owns_tiers=False)
+        assert put(store_of(control, tiers.config), chain(20 + turn, 1)).num_stored == 1
+        for before in range(turn):
+            name = Namespace(f"turn {before}", SPEC)
+            control = LocalControl(tiers, name, owns_tiers=False)
+            assert load(store_of(control, tiers.config), chain(20 + before, 1)) == 1
+        assert tiers.ssd is not None
+        tiers.ssd.close()
+    os.close(fd)
+
+
+def test_a_failed_adoption_gives_the_directory_back(tmp_path: Path) -> None:
+    fd = left_behind(tmp_path, [Tenant("red"), Tenant("blue")])
+    core = _native.StoreCore.adopt(fd, "lru")
+    core.set_metadata(b"{")
     with pytest.raises(IncompatibleError, match="arena"):
         Tiers(config_at(tmp_path), BLOCK_BYTES, core=core)
-    with open_store(tmp_path / "ssd") as store:  # the directory was given back
-        put(store, chain(1, 2))
+    with open_store(tmp_path / "ssd") as store:
+        assert load(store, chain(9, 2)) == 2
+    os.close(fd)
