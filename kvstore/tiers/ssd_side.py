@@ -263,7 +263,8 @@ class SsdSide:
         written = 0
         block_bytes = self._specs[number].spec.block_bytes
         # A quarter: what is being written is leased, and a disk may hang over it.
-        step = max(1, min(WriteBehind.BATCH_BYTES, self._core.arena.nbytes // 4) // block_bytes)
+        quarter = self._core.stats()["cpu_capacity_bytes"] // 4
+        step = max(1, min(WriteBehind.BATCH_BYTES, quarter) // block_bytes)
         while len(hashes):
             part = hashes[:step]
             lease, offsets, _, _, checksums = self._core.acquire(

@@ -360,6 +360,23 @@ def test_a_burst_keeps_its_copies_on_ssd(tmp_path: Path) -> None:
             assert (store.control.residency(hashes) & 2).all()
 
 
+def test_what_is_being_written_pins_a_quarter_of_dram_at_most(tmp_path: Path) -> None:
+    """The arena's mapping is larger than what it holds in blocks: nearly all was pinned."""
+    with open_store(tmp_path / "ssd") as store:
+        sizes: list[int] = []
+        tier = side_of(store)._tier
+        write = tier.write
+
+        def noted(number: int, hashes: Any, *rest: Any, **more: Any) -> Any:
+            sizes.append(len(hashes))
+            return write(number, hashes, *rest, **more)
+
+        tier.write = noted  # type: ignore[method-assign]
+        assert put(store, chain(1, SLOTS), ack="ssd").ack == "ssd"
+        assert sizes
+        assert max(sizes) <= (SLOTS + 1) // 4
+
+
 # -- names
 
 
