@@ -371,7 +371,7 @@ def test_what_is_being_written_pins_a_quarter_of_dram_at_most(tmp_path: Path) ->
             sizes.append(len(hashes))
             return write(number, hashes, *rest, **more)
 
-        tier.write = noted  # type: ignore[method-assign]
+        tier.write = noted  # type: ignore[method-assign, assignment]
         assert put(store, chain(1, SLOTS), ack="ssd").ack == "ssd"
         assert sizes
         assert max(sizes) <= (SLOTS + 1) // 4
