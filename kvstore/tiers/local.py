@@ -341,7 +341,9 @@ class LocalControl:
         if in_cpu < len(hashes) and self._tiers.ssd is not None:
             available = self.match(hashes)
             if available > in_cpu:
-                granted = self._promote_and_acquire(hashes[:available], granted, ttl, timeout)
+                granted, late = self._promote_and_acquire(hashes[:available], granted, ttl, timeout)
+                if late:
+                    self._tiers.counters.add_missed(late, max(0, available - len(granted.offsets)))
         held = len(granted.offsets)
         hit_cpu = min(in_cpu, held)
         num_bytes = held * self._block_bytes
@@ -360,11 +362,13 @@ class LocalControl:
 
     def _promote_and_acquire(
         self, hashes: BlockHashes, granted: Granted, ttl: float | None, timeout: float
-    ) -> Granted:
+    ) -> tuple[Granted, str]:
+        """Return what is held in the end, and why the rest is not: "" where that is not known."""
         # The lease on what is in DRAM stays until all is, so that reading the tail cannot push the
         # head out.
         if self._tiers.is_stuck:
-            return granted
+            return granted, "unavailable"
+        late = ""
         future: Future[TransferResult] | None = None
         try:
             future = self._tiers.promote(self._id, hashes[len(granted.offsets) :])
@@ -373,6 +377,7 @@ class LocalControl:
             assert future is not None
             future.cancel()
             self._tiers.counters.add("deadline_exceeded")
+            late = "deadline"
         except BaseException as error:
             self._core.release(self._owner, granted.lease)
             if isinstance(error, CancelledError):
@@ -380,7 +385,7 @@ class LocalControl:
             raise
         longer = self._acquire(hashes, ttl)
         self._core.release(self._owner, granted.lease)
-        return longer
+        return longer, late
 
     def _acquire(self, hashes: BlockHashes, ttl: float | None) -> Granted:
         return Granted(*self._core.acquire(self._owner, self._id, hashes.array, ttl, True))

@@ -29,6 +29,7 @@ from kvstore.tiers.names import describe_stored, parse_stored, stored_key
 from kvstore.tiers.ssd import Locations, SsdConfig, SsdTier
 from kvstore.tiers.ssd_format import Records as Columns
 from kvstore.tiers.write_behind import Job, WriteBehind
+from kvstore.tracing import traced
 
 log = logging.getLogger(__name__)
 
@@ -114,6 +115,7 @@ class SsdSide:
             self._quota_room[number] = quota_room
         self._codec(number, self._codec_name)
 
+    @traced("restore", lambda blocks, _: {"blocks": blocks})
     def restore(self) -> int:
         """Put what the directory holds into the core's index; return how many blocks."""
         parts = [self._rows(columns) for columns in self._tier.recover()]
@@ -174,6 +176,7 @@ class SsdSide:
     def flush(self, timeout: float) -> bool:
         return self._writer.flush(timeout)
 
+    @traced("write_batch", lambda _, __, jobs: {"blocks": sum(len(job.hashes) for job in jobs)})
     def _write(self, jobs: list[Job]) -> None:
         durable = any(job.ack == "durable" for job in jobs)
         try:
