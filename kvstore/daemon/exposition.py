@@ -26,6 +26,12 @@ Samples = Iterator[tuple[tuple[str, ...], float]]
 
 SERVING = "serving"
 
+_ADOPTED = {
+    "kvstore_adopted_blocks": "adopted",
+    "kvstore_discarded_slots": "discarded",
+    "kvstore_adoption_seconds": "seconds",
+}
+
 
 class Served(Protocol):
     """What HTTP needs of the daemon. All of it is thread-safe, and answers without I/O."""
@@ -88,6 +94,9 @@ def _samples(metric: Metric, status: Mapping[str, Any]) -> Samples:
             if isinstance(status.get(key), (int, float)):
                 values.setdefault(f"kvstore_{key}", status[key])
         values.setdefault("kvstore_clients", len(status.get("clients", ())))
+        for key, name in _ADOPTED.items():
+            if name in (adopted := status.get("adopted") or {}):
+                values.setdefault(key, adopted[name])
         yield from metric.samples(values)
 
 

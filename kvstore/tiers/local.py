@@ -151,6 +151,11 @@ class Tiers:
         for number in kept.values():
             self.adopted(number, self._growing.recovered_not_on_ssd(number))
 
+    def described(self) -> list[tuple[int, str, Namespace]]:
+        """Return number, tenant's name and namespace of all there are."""
+        with self._lock:
+            return list(self._described)
+
     def tenant(self, name: str) -> int:
         """Return the core's number of a tenant. Raises KeyError for a name that was not given."""
         return self._tenants[name]
@@ -239,6 +244,7 @@ class Tiers:
             ("kvstore_leases", "leases"),
         ):
             values[name] = core[key]
+        values["kvstore_integrity_failures_total"] += core["damaged"]
         if self.ssd is not None:
             values.update(self.ssd.gauges())
             failures = self.ssd.checksum_failures
