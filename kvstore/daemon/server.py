@@ -147,7 +147,8 @@ class Server:
             self._clients.clear()
             self._tokens.clear()
         for client in clients:
-            self._end(client)
+            if client.control is not None:
+                client.control.close()
 
     def __enter__(self) -> Server:
         return self
@@ -336,13 +337,8 @@ class Server:
             client = self._clients.pop(number, None)
             if client is not None:
                 self._tokens.pop(client.token, None)
-        if client is not None:
-            self._end(client)
-
-    def _end(self, client: Client) -> None:
-        if client.control is not None:
-            client.control.close()
-        self._tiers.core.release_owner(client.owner)
+        if client is not None and client.control is not None:
+            client.control.close()  # the native server ends the owner
 
 
 def _lanes(name: str, count: int) -> list[BackgroundThread]:
