@@ -14,6 +14,7 @@ calls `export_to` with its setting `trace`. Thread-safe; the switch may be turne
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
@@ -95,6 +96,18 @@ def span(name: str) -> _Live | _Nothing:
     """Return a context whose time is a span `kvstore.<name>`, child of the one it is in."""
     tracer = _SWITCH.tracer
     return _NOTHING if tracer is None else _Live(tracer, name)
+
+
+def note(name: str, seconds: float, **attributes: str | int | float | bool) -> None:
+    """Make a span of work that took `seconds` and ends now: work done in slices."""
+    tracer = _SWITCH.tracer
+    if tracer is not None:
+        named = {f"kvstore.{key}": value for key, value in attributes.items()}
+        end = time.time_ns()
+        live = tracer.start_span(
+            f"kvstore.{name}", start_time=end - int(seconds * 1e9), attributes=named
+        )
+        live.end(end)
 
 
 def traced(

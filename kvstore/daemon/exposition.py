@@ -59,6 +59,8 @@ def _latency_family(metric: Metric, service: Served) -> Family:
     family = HistogramMetricFamily(metric.name, metric.help, labels=metric.labels)
     names = [*map(floatToGoString, service.latency_bounds), "+Inf"]
     for op, (counts, seconds) in sorted(service.latencies().items()):
+        if not any(counts):  # two dozen series each: only of operations that are used
+            continue
         buckets, below = [], 0
         for name, count in zip(names, counts, strict=True):
             below += count

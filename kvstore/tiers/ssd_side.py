@@ -73,7 +73,7 @@ class SsdSide:
         self.admission = make_admission(
             config.ssd_admission,
             parse_bytes(config.ssd_write_budget),
-            parse_bytes(config.ssd_capacity) // block_bytes,
+            parse_bytes(config.ssd_capacity) // max(block_bytes, 4096),
         )
         self._unforgotten: Records = np.zeros(0, RECORD)  # garbage that the index still names
         self._writer = WriteBehind(self._write, parse_bytes(config.write_behind), counters)

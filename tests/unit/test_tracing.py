@@ -87,6 +87,16 @@ def test_a_span_has_its_parent_and_its_error(spans: InMemorySpanExporter) -> Non
     assert dict(around.attributes) == {"kvstore.blocks": 3, "kvstore.tier": "cpu"}
 
 
+def test_work_in_slices_is_one_span_of_its_whole_time(spans: InMemorySpanExporter) -> None:
+    tracing.note("scrub", 2.5, bytes=4096)
+    (span,) = of(spans, "kvstore.scrub")
+    assert span.end_time - span.start_time == 2_500_000_000
+    assert dict(span.attributes) == {"kvstore.bytes": 4096}
+    tracing.disable()
+    tracing.note("scrub", 1.0)
+    assert len(of(spans, "kvstore.scrub")) == 1
+
+
 def test_off_there_are_no_spans_and_nothing_is_described(spans: InMemorySpanExporter) -> None:
     def describe(*_: object) -> dict[str, int]:
         raise AssertionError
