@@ -47,7 +47,7 @@ class Served(Protocol):
         ...
 
     def status(self) -> dict[str, Any]:
-        """Everything known of the daemon; docs/OPERATING.md has the keys."""
+        """Everything known of the daemon, as `kvstore.status.Status` has it."""
         ...
 
     def latencies(self) -> Mapping[str, Latency]:
