@@ -27,6 +27,7 @@ from kvstore.events import Event
 from kvstore.layout import BlockBuffers
 from kvstore.lease import Lease
 from kvstore.records import records_from
+from kvstore.tracing import traced
 from kvstore.transfer import Transfer, TransferResult
 
 Hashes = BlockHashes | Sequence[bytes] | npt.NDArray[np.uint8]
@@ -166,6 +167,10 @@ class Reservation:
 def check_ack(ack: str) -> None:
     if ack not in ACK_LEVELS:
         raise ConfigError(f"ack: {ack!r} is not one of {', '.join(ACK_LEVELS)}")
+
+
+def _load_attributes(result: TransferResult, chain: BlockHashes) -> dict[str, int]:
+    return {"blocks": len(chain), "loaded_blocks": result.num_blocks}
 
 
 class _Writers:
@@ -339,6 +344,7 @@ class Store:
             return self._submit(lambda: self._load(chain, buffers, ids, timeout))
         return Transfer(self._load(chain, buffers, ids, timeout))
 
+    @traced("load", lambda result, _, chain, *__: _load_attributes(result, chain))
     def _load(
         self,
         chain: BlockHashes,
@@ -389,6 +395,7 @@ class Store:
             return self._submit(lambda: self._put(chain, buffers, ids, ack).wait())
         return self._put(chain, buffers, ids, ack)
 
+    @traced("put", lambda _, __, chain, *___: {"blocks": len(chain)})
     def _put(
         self, chain: BlockHashes, buffers: BlockBuffers, ids: npt.NDArray[np.int64], ack: Ack
     ) -> Transfer:

@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 DEFAULT_TENANT = 0
 ON_SSD = 2  # residency
 IN_CPU = 1 | 4  # residency: ready, or being written
+# MissReason in csrc/core/store_core.h; "": it can be had, maybe from ssd only
+_WHY_MISSED = ("absent", "pending", "evicted", "")
 PROMISE_SECONDS = 10.0  # how long a put at a level above memory waits for room in the queue
 EVENT_CAPACITY = 1 << 16  # of a namespace, 96 B each; a reader further behind sees a gap
 _WAIT_SLICE_SECONDS = 0.25
@@ -332,21 +334,33 @@ class LocalControl:
     # --- reading
 
     def acquire(self, hashes: BlockHashes, ttl: float | None, timeout: float) -> Granted:
-        granted = self._acquire(hashes, ttl)
+        granted, late = self._acquire(hashes, ttl), ""
         in_cpu = len(granted.offsets)
         if in_cpu < len(hashes) and self._tiers.ssd is not None:
             available = self.match(hashes)
             if available > in_cpu:
-                granted = self._promote_and_acquire(hashes[:available], granted, ttl, timeout)
+                granted, late = self._promote_and_acquire(hashes[:available], granted, ttl, timeout)
         held = len(granted.offsets)
         hit_cpu = min(in_cpu, held)
-        num_bytes = held * self._block_bytes
-        self._tiers.counters.add_load(
-            len(hashes), hit_cpu, held - hit_cpu, num_bytes, self._block_tokens
-        )
+        self.count_load(hashes, hit_cpu, held, late)
         if hit_cpu and self._tiers.wants_used:
             self._note_used(hashes[:hit_cpu])
         return granted
+
+    def count_load(self, hashes: BlockHashes, hit_cpu: int, held: int, late: str = "") -> None:
+        """Count one load or acquire, of which `held` leading blocks were had.
+
+        Misses have the reason of the first of them: what continues it cannot be had without it.
+        `late` is the reason where that one is in some tier.
+        """
+        counters = self._tiers.counters
+        num_bytes = held * self._block_bytes
+        counters.add_load(len(hashes), hit_cpu, held - hit_cpu, num_bytes, self._block_tokens)
+        if held < len(hashes):
+            why = self._core.why(self._id, hashes.array[held].tobytes())
+            reason = _WHY_MISSED[why] or late
+            if reason:
+                counters.add_missed(reason, len(hashes) - held)
 
     def _note_used(self, hashes: BlockHashes) -> None:
         # Of a chain, where the last is on ssd so are those before it.
@@ -356,11 +370,13 @@ class LocalControl:
 
     def _promote_and_acquire(
         self, hashes: BlockHashes, granted: Granted, ttl: float | None, timeout: float
-    ) -> Granted:
+    ) -> tuple[Granted, str]:
+        """Return what is held in the end, and why the rest is not: "" where that is not known."""
         # The lease on what is in DRAM stays until all is, so that reading the tail cannot push the
         # head out.
         if self._tiers.is_stuck:
-            return granted
+            return granted, "unavailable"
+        late = ""
         future: Future[TransferResult] | None = None
         try:
             future = self._tiers.promote(self._id, hashes[len(granted.offsets) :])
@@ -369,6 +385,7 @@ class LocalControl:
             assert future is not None
             future.cancel()
             self._tiers.counters.add("deadline_exceeded")
+            late = "deadline"
         except BaseException as error:
             self._core.release(self._owner, granted.lease)
             if isinstance(error, CancelledError):
@@ -376,7 +393,7 @@ class LocalControl:
             raise
         longer = self._acquire(hashes, ttl)
         self._core.release(self._owner, granted.lease)
-        return longer
+        return longer, late
 
     def _acquire(self, hashes: BlockHashes, ttl: float | None) -> Granted:
         return Granted(*self._core.acquire(self._owner, self._id, hashes.array, ttl, True))
@@ -404,8 +421,7 @@ class LocalControl:
             self._tiers.counters.add("integrity_failures")
         is_all = loaded == len(hashes) or self._tiers.ssd is None or self.match(hashes) <= loaded
         if is_all:
-            num_bytes = loaded * self._block_bytes
-            self._tiers.counters.add_load(len(hashes), loaded, 0, num_bytes, self._block_tokens)
+            self.count_load(hashes, loaded, loaded)
             if loaded and self._tiers.wants_used:
                 self._note_used(hashes[:loaded])
         return loaded, is_all

@@ -29,6 +29,7 @@ from kvstore.tiers.names import describe_stored, parse_stored, stored_key
 from kvstore.tiers.ssd import Locations, SsdConfig, SsdTier
 from kvstore.tiers.ssd_format import Records as Columns
 from kvstore.tiers.write_behind import Job, WriteBehind
+from kvstore.tracing import traced
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ class SsdSide:
         self.admission = make_admission(
             config.ssd_admission,
             parse_bytes(config.ssd_write_budget),
-            parse_bytes(config.ssd_capacity) // block_bytes,
+            parse_bytes(config.ssd_capacity) // max(block_bytes, 4096),
         )
         self._unforgotten: Records = np.zeros(0, RECORD)  # garbage that the index still names
         self._writer = WriteBehind(self._write, parse_bytes(config.write_behind), counters)
@@ -114,6 +115,7 @@ class SsdSide:
             self._quota_room[number] = quota_room
         self._codec(number, self._codec_name)
 
+    @traced("restore", lambda blocks, _: {"blocks": blocks})
     def restore(self) -> int:
         """Put what the directory holds into the core's index; return how many blocks."""
         parts = [self._rows(columns) for columns in self._tier.recover()]
@@ -172,6 +174,7 @@ class SsdSide:
     def flush(self, timeout: float) -> bool:
         return self._writer.flush(timeout)
 
+    @traced("write_batch", lambda _, __, jobs: {"blocks": sum(len(job.hashes) for job in jobs)})
     def _write(self, jobs: list[Job]) -> None:
         durable = any(job.ack == "durable" for job in jobs)
         try:
