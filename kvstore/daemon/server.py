@@ -285,7 +285,7 @@ class Server:
             client is None
             or client.identity != identity
             or client.uid != task.peer_uid
-            or _digest(client.control and client.control.namespace) != _digest(namespace)
+            or _digest(client.control.namespace if client.control else None) != _digest(namespace)
             or not self._native.join_client(task.connection, client.number)
         ):
             raise IncompatibleError("token: no such client; connect anew")

@@ -151,6 +151,11 @@ class Tiers:
         for number in kept.values():
             self.adopted(number, self._growing.recovered_not_on_ssd(number))
 
+    def described(self) -> list[tuple[int, str, Namespace]]:
+        """Return number, tenant's name and namespace of all there are."""
+        with self._lock:
+            return list(self._described)
+
     def tenant(self, name: str) -> int:
         """Return the core's number of a tenant. Raises KeyError for a name that was not given."""
         return self._tenants[name]
@@ -239,9 +244,12 @@ class Tiers:
             ("kvstore_leases", "leases"),
         ):
             values[name] = core[key]
+        values["kvstore_integrity_failures_total"] += core["damaged"]
         if self.ssd is not None:
             values.update(self.ssd.gauges())
-            values["kvstore_integrity_failures_total"] += self.ssd.checksum_failures
+            failures = self.ssd.checksum_failures
+            values["kvstore_integrity_failures_total"] += failures
+            values["kvstore_integrity_failures_ssd_total"] += failures
         for count in list(self.outside):
             for name, value in count().items():
                 values[name] = values.get(name, 0) + value
@@ -290,6 +298,7 @@ class LocalControl:
         self._owns_tiers = owns_tiers
         self._closed = False
         self._block_bytes = namespace.spec.block_bytes
+        self._block_tokens = namespace.spec.block_tokens
 
     @property
     def namespace(self) -> Namespace:
@@ -342,7 +351,9 @@ class LocalControl:
         held = len(granted.offsets)
         hit_cpu = min(in_cpu, held)
         num_bytes = held * self._block_bytes
-        self._tiers.counters.add_load(len(hashes), hit_cpu, held - hit_cpu, num_bytes)
+        self._tiers.counters.add_load(
+            len(hashes), hit_cpu, held - hit_cpu, num_bytes, self._block_tokens
+        )
         if hit_cpu and self._tiers.wants_used:
             self._note_used(hashes[:hit_cpu])
         return granted
@@ -404,7 +415,7 @@ class LocalControl:
         is_all = loaded == len(hashes) or self._tiers.ssd is None or self.match(hashes) <= loaded
         if is_all:
             num_bytes = loaded * self._block_bytes
-            self._tiers.counters.add_load(len(hashes), loaded, 0, num_bytes)
+            self._tiers.counters.add_load(len(hashes), loaded, 0, num_bytes, self._block_tokens)
             if loaded and self._tiers.wants_used:
                 self._note_used(hashes[:loaded])
         return loaded, is_all
