@@ -136,8 +136,9 @@ class FakeDaemon:
                 return namespaces()
             case wire.AdminInspect(namespace=number, hashes=packed):
                 hashes = [packed[at : at + 32].hex() for at in range(0, len(packed), 32)]
-                blocks = [{"hash": text, "tiers": ["cpu"], "depth": 1} for text in hashes]
-                return {"number": number, "blocks": blocks}
+                places = [3, *[0] * (len(hashes) - 1)]
+                blocks = [{"hash": text, "depth": 1} for text in hashes[:1]]
+                return {"namespace": number, "residency": places, "blocks": blocks}
             case wire.AdminVerify():
                 return self.answers.pop(0)
         raise AssertionError(request)

@@ -15,6 +15,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import kvstore.admin
+from kvstore import wire
 from kvstore.cli import build_app
 from kvstore.ops import views
 from kvstore.ops.inspect import parse_hashes
@@ -202,6 +203,8 @@ def test_inspect_says_what_is_known_of_blocks(daemon: FakeDaemon, tmp_path: Path
     found = told(run(*options, "--json"))
     assert found["namespace"]["model"] == "qwen"
     assert [block["hash"] for block in found["blocks"]] == [one, two, one]
+    assert [block["tiers"] for block in found["blocks"]] == [["cpu", "ssd"], [], []]
+    assert found["blocks"][0]["depth"] == 1
     assert one[:16] in run(*options).stdout
 
 
@@ -271,12 +274,20 @@ def test_verify_of_a_damaged_directory(directory: Path) -> None:
     assert "payload: segment 1 page 15" in shown.stdout
 
 
-def test_verify_asks_a_daemon_until_the_round_is_whole(daemon: FakeDaemon) -> None:
-    daemon.answers = [{**WHOLE, "whole": False}, WHOLE]
-    shown = run("verify", "--connect", ADDRESS, "--json")
+def test_verify_has_a_daemon_check_everything(daemon: FakeDaemon) -> None:
+    daemon.answers = [WHOLE]
+    shown = run("verify", "--connect", ADDRESS, "--json", "--seconds", "7")
     assert shown.exit_code == 0
-    assert told(shown)["checked_bytes"] == 20
+    assert told(shown)["checked_bytes"] == 10
     assert told(shown)["ok"] is True
+    assert wire.AdminVerify(7.0) in daemon.asked
+
+
+def test_verify_that_did_not_get_through_is_no_success(daemon: FakeDaemon) -> None:
+    daemon.answers = [{**WHOLE, "whole": False}]
+    shown = run("verify", "--connect", ADDRESS)
+    assert shown.exit_code == 1
+    assert "not all was checked" in shown.stdout
 
 
 def test_verify_tells_of_blocks_that_a_daemon_removed(daemon: FakeDaemon) -> None:
