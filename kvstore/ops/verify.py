@@ -44,7 +44,8 @@ from kvstore.ops.common import (
 )
 from kvstore.status import Scrubbed
 from kvstore.tiers.ssd_offline import OfflineDirectory
-from kvstore.tiers.ssd_verify import SsdReport, verify_directory
+from kvstore.tiers.ssd_report import SsdReport
+from kvstore.tiers.ssd_verify import verify_directory
 
 _GRACE_SECONDS = 10.0  # for the answer, once a daemon's time is up
 _LOOK_SECONDS = 0.25

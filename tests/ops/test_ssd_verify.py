@@ -27,7 +27,8 @@ from kvstore.errors import ConfigError, CorruptError, IncompatibleError, InUseEr
 from kvstore.tiers.ssd_format import PAGE_BYTES, SUPERBLOCK, Structs
 from kvstore.tiers.ssd_index import keys_of
 from kvstore.tiers.ssd_offline import OfflineDirectory
-from kvstore.tiers.ssd_verify import SsdReport, verify_directory
+from kvstore.tiers.ssd_report import SsdReport
+from kvstore.tiers.ssd_verify import verify_directory
 from tests.ssd_support import hashes_of, keep, open_tier, write
 from tests.store_support import BLOCK_BYTES, NAMESPACE, WAIT_S, chain
 
