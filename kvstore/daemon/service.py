@@ -220,6 +220,11 @@ class Service:
             generation = f"{core.arena_id.hex()}.{self._made_as()}"
             self._holding.put(core.arena_fd, generation, seconds)
 
+    @property
+    def holder_pid(self) -> int:
+        """The process that keeps the arena; 0 when there is none."""
+        return self._holding.pid
+
     # --- run and stop
 
     def run(self) -> None:
