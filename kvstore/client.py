@@ -143,9 +143,25 @@ class RemoteControl:
 
     @property
     def arena(self) -> npt.NDArray[np.uint8]:
+        self.require_open()
+        return self._arena
+
+    @property
+    def piece_blocks(self) -> int | None:
+        return None
+
+    def require_open(self) -> None:
         if self._connections.closed:  # leases and reservations ended with it: others' slots now
             raise errors.StoreClosedError("the store is closed")
-        return self._arena
+
+    def lookup(self, hashes: BlockHashes, prefetch: bool) -> tuple[int, int]:
+        num_blocks = self.match(hashes)
+        in_cpu = self.residency(hashes[:num_blocks]) & 1
+        return num_blocks, int(np.count_nonzero(in_cpu))
+
+    def pin(self, hashes: BlockHashes, timeout: float) -> tuple[int, int]:
+        granted = self.acquire(hashes, None, timeout)
+        return granted.lease, len(granted.offsets)
 
     def _ask(self, request: wire.Message, expected: type[_Reply], timeout: float = 0.0) -> _Reply:
         try:
@@ -184,6 +200,8 @@ class RemoteControl:
             _u64(grants.header_offsets),
             _u64(grants.sequences),
             _u64(grants.checksums),
+            self.arena,
+            self._arena.ctypes.data,
         )
 
     def release(self, lease: int) -> bool:
@@ -191,10 +209,11 @@ class RemoteControl:
             return False
         return bool(self._value(wire.Release(lease)))
 
-    def reserve(self, hashes: BlockHashes) -> Reserved:
+    def reserve(self, hashes: BlockHashes, wait: float = 0.0) -> Reserved:
         slots = self._ask(wire.Reserve(_chain(hashes)), wire.Slots)
         statuses = np.frombuffer(slots.statuses, np.uint8)
-        return Reserved(slots.reservation, statuses, _u64(slots.offsets))
+        address = self._arena.ctypes.data
+        return Reserved(slots.reservation, statuses, _u64(slots.offsets), self.arena, address)
 
     def commit(
         self, reservation: int, checksums: Offsets, hashes: BlockHashes, ack: Ack
@@ -206,7 +225,8 @@ class RemoteControl:
         return self._pool.submit(lambda: cast(Ack, self._value(request, 60.0)))
 
     def abort(self, reservation: int) -> None:
-        self._value(wire.Abort(reservation))
+        if not self._connections.closed:
+            self._value(wire.Abort(reservation))
 
     def prefetch(self, hashes: BlockHashes) -> Future[TransferResult]:
         def fetch() -> TransferResult:

@@ -554,6 +554,36 @@ def test_wait_for_sees_a_commit_of_another_thread(store: Store) -> None:
     assert store.wait_for(hashes, 2, timeout=0.0) >= 2
 
 
+def test_a_put_that_waits_for_room_gets_it_when_a_lease_ends(store: Store) -> None:
+    held, more = chain(1, SLOTS), chain(2, 6)
+    put(store, held)
+    assert store.flush(WAIT_S)
+    lease = store.acquire(held)
+    assert put(store, more, wait=0.01).num_no_space == 6  # in vain
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(put, store, more, wait=WAIT_S)
+        refused = store.stats()["kvstore_refused_no_space_blocks_total"]
+        assert refused >= 6
+        lease.release()
+        result = waiting.result(WAIT_S)
+    assert (result.num_blocks, result.num_stored, result.num_no_space) == (6, 6, 0)
+    assert load(store, more) == 6
+
+
+def test_a_put_with_room_for_a_part_stores_it_before_it_waits(store: Store) -> None:
+    held, more = chain(1, SLOTS - 2), chain(2, 6)
+    put(store, held)
+    assert store.flush(WAIT_S)
+    lease = store.acquire(held)
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(put, store, more, wait=WAIT_S)
+        assert store.wait_for(more, 2, timeout=WAIT_S) == 2
+        lease.release()
+        assert waiting.result(WAIT_S).num_stored == 6
+    assert load(store, more) == 6
+    assert put(store, chain(3, SLOTS + 2), wait=0.01).num_stored == SLOTS  # what can never fit
+
+
 # --- levels and background
 
 
@@ -632,6 +662,7 @@ def test_flush_and_prefetch_bring_blocks_down_and_up(store: Store, kind: str) ->
     if "ssd" in kind:
         assert result.num_blocks == 12
         assert store.lookup(first) == Hit(12, 12, 0)
+        assert store.lookup(second, prefetch=True).num_blocks == 12
         assert load(store, second) == 12  # from where it lies
     else:
         assert result.num_blocks == store.match(first) == SLOTS - 12
