@@ -70,7 +70,7 @@ sanitize: $(BUILT)
 	  || { head -n 60 found.*; exit 1; }
 	mkdir -p build/tsan
 	for t in csrc/tests/*_test.cc; do echo "tsan $$t"; \
-	  $(CXX) -std=c++20 -O1 -g -UNDEBUG -fsanitize=thread -Icsrc $$t csrc/core/*.cc csrc/copy/*.cc -o build/tsan/test -pthread && \
+	  $(CXX) -std=c++20 -O1 -g -UNDEBUG -fsanitize=thread -Icsrc $$t csrc/core/*.cc csrc/copy/*.cc csrc/net/*.cc -o build/tsan/test -pthread && \
 	  TSAN_OPTIONS=halt_on_error=1 build/tsan/test || exit 1; done
 
 wheel: $(BUILT)

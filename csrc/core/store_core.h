@@ -158,6 +158,9 @@ public:
     void Abort(OwnerId owner, std::uint64_t reservation);
     // Blocks reserved under it; 0 when unknown or another owner's.
     std::size_t ReservationSize(OwnerId owner, std::uint64_t reservation) const;
+    // Where they lie, in order. False when unknown or another owner's.
+    bool ReservationGrants(OwnerId owner, std::uint64_t reservation,
+                           std::vector<Grant> *grants) const;
 
     // --- reading
     // Pins the leading blocks that are ready in the cpu tier. Returns how many; the lease is 0 when
@@ -168,6 +171,11 @@ public:
     // False when the lease is unknown or another owner's: it had expired, and what was read may be
     // another block's.
     bool Release(OwnerId owner, LeaseId lease);
+    // A second lease, without end, on blocks [first, first + n) of a lease, for whoever reads them
+    // for longer than a call. 0 when the lease has ended, is another owner's, or has no such
+    // blocks.
+    LeaseId ShareLease(OwnerId owner, LeaseId lease, std::uint64_t first, std::uint64_t n,
+                       std::vector<Grant> *grants);
     // Ends leases whose time has come; returns how many.
     std::size_t ExpireLeases();
 
@@ -206,6 +214,10 @@ public:
     // that fell behind sees that the first number it gets is not after + 1.
     std::vector<Event> EventsAfter(NamespaceId ns, std::uint64_t after) const;
     CoreStats Stats() const;
+    // A number that changes whenever a block became ready or room was made.
+    std::uint64_t ChangeCount() const;
+    // Returns it once it is not `seen` any more, or at the deadline (steady clock).
+    std::uint64_t WaitForChange(std::uint64_t seen, std::int64_t deadline_ns) const;
 
     Arena &arena() { return *arena_; }
 
