@@ -21,6 +21,7 @@ from kvstore.errors import ConfigError
 
 Verify = Literal["boundary", "always"]
 IoKind = Literal["auto", "uring", "threads"]
+Admission = Literal["all", "reuse"]
 ClientWrites = Literal["in_place", "copy"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["text", "json"]
@@ -29,6 +30,8 @@ _UNITS = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
     _UNITS[_letter] = _UNITS[_letter + "ib"] = 1024**_power
     _UNITS[_letter + "b"] = 1000**_power
+
+_SIZES = ("cpu", "chunk", "ssd_capacity", "ssd_segment", "write_behind", "ssd_write_budget")
 
 
 def parse_bytes(value: int | str, name: str = "size") -> int:
@@ -93,14 +96,20 @@ class StoreConfig:
         "none", "how blocks are encoded on ssd: none, zstd, int8 (lossy), fp8 (lossy)"
     )
     write_behind: int | str = setting(
-        "256MiB", "bytes that may wait for the ssd; over it, blocks stay in DRAM"
+        "256MiB", "bytes that may wait for the ssd; over it, blocks are offered again later"
+    )
+    ssd_admission: Admission = setting(
+        "all", '"reuse": a block is written to ssd when it is used again'
+    )
+    ssd_write_budget: int | str = setting(
+        0, "bytes a second that may be written to ssd; 0: no bound"
     )
     lease_seconds: float = setting(60.0, "how long acquired blocks stay pinned unless released")
 
     def __post_init__(self) -> None:
-        for name in ("cpu", "chunk", "ssd_capacity", "ssd_segment", "write_behind"):
+        for name in _SIZES:
             object.__setattr__(self, name, parse_bytes(getattr(self, name), name))
-        _check_choices(self, verify=Verify, ssd_io=IoKind)
+        _check_choices(self, verify=Verify, ssd_io=IoKind, ssd_admission=Admission)
         for name in ("threads", "ssd_depth"):
             value = getattr(self, name)
             if not _is_a(int, value) or not 1 <= value <= 1024:

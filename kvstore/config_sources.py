@@ -159,7 +159,13 @@ def runtime_directory(environ: Mapping[str, str] | None = None) -> Path:
     for path in (Path(given) if given else None, Path(f"/run/user/{uid}")):
         if path is not None and path.is_absolute() and path.is_dir() and os.access(path, os.W_OK):
             return path
-    return Path(f"/tmp/kvstore-{uid}")
+    return fallback_directory()
+
+
+def fallback_directory() -> Path:
+    """Return where a user's sockets are where there is no runtime directory. Others may have made
+    it: who uses it must see whose it is."""
+    return Path(f"/tmp/kvstore-{os.getuid()}")
 
 
 def token_from_environment(environ: Mapping[str, str] | None = None) -> bytes | None:
