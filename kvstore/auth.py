@@ -73,7 +73,7 @@ def read_secret(path: str | os.PathLike[str], name: str = "token_file") -> bytes
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise ConfigError(f"{name}: cannot read {Path(path)}: {error.strerror}") from error
-    with os.fdopen(fd, "rb") as file:
+    try:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):
             raise ConfigError(f"{name}: {Path(path)} is not a file")
@@ -84,7 +84,9 @@ def read_secret(path: str | os.PathLike[str], name: str = "token_file") -> bytes
             )
         if found.st_uid not in (os.geteuid(), 0):
             raise ConfigError(f"{name}: {Path(path)} belongs to user {found.st_uid}")
-        secret = file.read(_SECRET_BYTES_MAX + 1)
+        secret = os.read(fd, _SECRET_BYTES_MAX + 1)
+    finally:
+        os.close(fd)
     if len(secret) > _SECRET_BYTES_MAX:
         raise ConfigError(f"{name}: {Path(path)} is longer than {_SECRET_BYTES_MAX} bytes")
     return check_secret(secret.strip(), f"{name}: {Path(path)}")

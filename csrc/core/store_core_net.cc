@@ -1,6 +1,4 @@
 // What a server that moves payload for others asks of StoreCore.
-#include <algorithm>
-#include <chrono>
 #include <mutex>
 #include <utility>
 

@@ -46,7 +46,7 @@ def _settings() -> list[dataclasses.Field[Any]]:
 def _with_setting_flags(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command a flag for each setting of the daemon. They arrive as text: the loader that
     reads a file and the environment checks them too."""
-    signature = inspect.signature(command)
+    signature = inspect.signature(command, eval_str=True)
     kept = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     flags = []
     for field in _settings():

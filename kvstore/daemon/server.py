@@ -147,7 +147,8 @@ class Server:
             self._clients.clear()
             self._tokens.clear()
         for client in clients:
-            self._end(client)
+            if client.control is not None:
+                client.control.close()
 
     def __enter__(self) -> Server:
         return self
@@ -199,7 +200,7 @@ class Server:
                 lane = self._lane_of_call(task)
                 self._hand_over(lane, task, lambda: requests.call(task, client))
             elif kind in (wire.Op.COMMIT, wire.Op.WRITE):
-                lane = self._wait_lanes[task.client % len(self._wait_lanes)]
+                lane = self._wait_lane(task.client)
                 self._hand_over(lane, task, lambda: requests.commit(task, client))
             else:
                 requests.guarded(task, lambda: _no_such(kind))
@@ -210,8 +211,11 @@ class Server:
         except IncompatibleError:
             waits = False  # refused there
         if waits:
-            return self._wait_lanes[task.client % len(self._wait_lanes)]
+            return self._wait_lane(task.client)
         return self._look_lanes[-1]
+
+    def _wait_lane(self, client: int) -> BackgroundThread:
+        return self._wait_lanes[client % len(self._wait_lanes)]
 
     def _hand_over(
         self, lane: BackgroundThread, task: Any, step: Callable[[], bytes | None]
@@ -336,13 +340,8 @@ class Server:
             client = self._clients.pop(number, None)
             if client is not None:
                 self._tokens.pop(client.token, None)
-        if client is not None:
-            self._end(client)
-
-    def _end(self, client: Client) -> None:
-        if client.control is not None:
-            client.control.close()
-        self._tiers.core.release_owner(client.owner)
+        if client is not None and client.control is not None:
+            client.control.close()  # the native server ends the owner
 
 
 def _lanes(name: str, count: int) -> list[BackgroundThread]:

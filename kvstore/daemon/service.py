@@ -31,7 +31,7 @@ import numpy as np
 from kvstore import _native
 from kvstore.address import tcp_address
 from kvstore.auth import read_secret
-from kvstore.config import DaemonConfig
+from kvstore.config import DaemonConfig, parse_bytes
 from kvstore.config_sources import fallback_directory, notify_socket
 from kvstore.daemon import report
 from kvstore.daemon.holding import Holding
@@ -55,6 +55,7 @@ Ending = Literal["stop", "keep", "restart"]
 DRAIN_SECONDS = 5.0
 CLOSE_SECONDS = 60.0
 RESTART_HOLD_SECONDS = 60.0  # at least: how long the arena waits for the program to start again
+_BLOCK_BYTES = 64 << 10  # small for a block of a real model: bounds that follow from it are wide
 _CLIENTS_SHOWN_MAX = 1000
 _LOOK_SECONDS = 60.0  # nothing depends on it
 
@@ -105,7 +106,7 @@ class Service:
         private_directory(directory, "state")
         undo.callback(os.close, _lock(directory))
         self._holding = Holding(directory, config.hold_seconds)
-        undo.callback(self._holding.close)
+        undo.callback(self._holding.close, 2.0)
         self._tiers = self._open_tiers(adopt)
         undo.callback(self._tiers.close)
         self._keep_arena()
@@ -198,13 +199,18 @@ class Service:
             Tenant(name, tenant.cpu_quota_bytes, tenant.ssd_quota_bytes)
             for name, tenant in self.config.tenants.items()
         ]
-        return Tiers(self.config, 0, core=core, tenants=tenants)
+        return Tiers(self.config, self._block_bytes(), core=core, tenants=tenants)
+
+    def _block_bytes(self) -> int:
+        """What to prepare for before the first client says what its blocks are."""
+        chunk = parse_bytes(self.config.chunk)
+        return min(_BLOCK_BYTES, max(4096, chunk - 4096)) if chunk else _BLOCK_BYTES
 
     def _made_as(self) -> str:
         """What of the configuration an arena is made for; a word."""
         config = self.config
         huge = "-huge" if config.huge_pages else ""
-        return f"{config.cpu_bytes}-{config.chunk_bytes(0)}{huge}"
+        return f"{config.cpu_bytes}-{config.chunk_bytes(self._block_bytes())}{huge}"
 
     def _keep_arena(self, hold_seconds: float | None = None) -> None:
         """Give the arena to the holder, unless it is not to outlive us."""

@@ -287,12 +287,14 @@ class LocalControl:
         tenant: int = DEFAULT_TENANT,
         owner: int | None = None,
     ) -> None:
-        """`owner`: whose leases and reservations these are; None for one of our own."""
+        """`owner`: whose leases and reservations these are, and who ends with them; None for one of
+        our own, which `close` ends."""
         self._tiers = tiers
         self._core = tiers.core
         self._namespace = namespace
         self._id = tiers.bind(namespace, tenant)
         self._owner = self._core.new_owner() if owner is None else owner
+        self._owns_owner = owner is None
         self._events_lock = threading.Lock()
         self._events_seen: int | None = None  # None until somebody asks for events
         self._owns_tiers = owns_tiers
@@ -562,7 +564,8 @@ class LocalControl:
 
     def close(self, timeout: float = 60.0) -> None:
         self._closed = True
-        self._core.release_owner(self._owner)
+        if self._owns_owner:
+            self._core.release_owner(self._owner)
         if self._owns_tiers:
             self._tiers.close(timeout)
 
