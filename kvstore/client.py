@@ -15,7 +15,8 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import numpy.typing as npt
 
-from kvstore import errors, wire
+from kvstore import errors
+from kvstore import wire1 as wire
 from kvstore.address import unix_path
 from kvstore.block import BlockHashes, Namespace
 from kvstore.control import ACK_LEVELS, Ack, Granted, Offsets, Reserved

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from kvstore import wire
+from kvstore import wire1 as wire
 from kvstore.address import unix_path
 from kvstore.block import BlockHashes, Namespace
 from kvstore.control import ACK_LEVELS
