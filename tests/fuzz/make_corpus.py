@@ -6,11 +6,12 @@ that are worth keeping lie beside them under names of their own and are left alo
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import numpy as np
 
-from kvstore import BlockSpec, Namespace, wire
+from kvstore import BlockSpec, Namespace, hash_blocks, wire
 from kvstore.tiers import ssd_format
 from tests.fuzz.targets import BLOCK_BYTES, SEGMENT, UUID
 
@@ -51,6 +52,27 @@ def _superblocks(directory: Path) -> list[bytes]:
     return [superblock, namespace.canonical()]
 
 
+def _messages() -> list[bytes]:
+    namespace = Namespace("model", BlockSpec(2, 2, 64, 16, "bfloat16"))
+    chain = wire.pack_chain(hash_blocks(list(range(64)), 16))
+    messages = [
+        wire.Hello(wire.VERSION, namespace.describe(), tenant="a", nonce=bytes(32)),
+        wire.Challenge(bytes(32), bytes(32)),
+        wire.Auth(bytes(32)),
+        wire.Describe(chain),
+        wire.Prefetch(chain, 1.0),
+        wire.Corrupt(bytes(32)),
+        wire.AdminShutdown(True),
+    ]
+    bodies = [
+        struct.pack("<ddQ", 1.0, 1.0, 0) + chain,  # ACQUIRE
+        struct.pack("<QQQ", 1, 0, 2) + bytes(16) + chain,  # COMMIT
+        wire.pack_u64(7),
+        chain,
+    ]
+    return [wire.encode(message) for message in messages] + bodies
+
+
 def seeds(directory: Path) -> dict[str, list[bytes]]:
     return {
         "segment": [_AS_IT_IS + _segment(), _SEALED + _segment()],
@@ -60,7 +82,7 @@ def seeds(directory: Path) -> dict[str, list[bytes]]:
             b'cpu = "8GiB"\nssd = "/var/cache/kv"\nverify = "always"\n',
             b"threads = 4\nlease_seconds = 2.5\nhuge_pages = true\n",
         ],
-        "messages": wire.samples(),
+        "messages": _messages(),
     }
 
 

@@ -34,6 +34,17 @@ _PAGES_MAX = 64
 _SEGMENT_PATH_NAME = f"{SEGMENT:010d}.seg"
 
 Target = Callable[[bytes], None]
+MESSAGE_PARSERS: tuple[Callable[[bytes], object], ...] = (
+    wire.decode_hello,
+    wire.decode_greeting,
+    wire.decode_auth,
+    wire.decode_call,
+    wire.decode_value,
+    wire.parse_acquire,
+    wire.parse_commit,
+    wire.parse_quiesced,
+    wire.parse_chain,
+)
 
 
 def segment(data: bytes) -> None:
@@ -110,9 +121,9 @@ def config(data: bytes) -> None:
 
 def messages(data: bytes) -> None:
     """Bodies of control messages, from a peer that may not be ours."""
-    for decode in wire.DECODERS:
-        with contextlib.suppress(KVStoreError):
-            decode(data)
+    for parse in MESSAGE_PARSERS:
+        with contextlib.suppress(IncompatibleError):
+            parse(data)
 
 
 TARGETS: dict[str, Target] = {f.__name__: f for f in (segment, index, superblock, config, messages)}
