@@ -48,7 +48,7 @@ _LANE_TASKS_MAX = 1024
 _LOOK_LANES = 2
 _WAIT_LANES = 3
 _CLOSE_SECONDS = 5.0
-_DECLARED = frozenset(metric.name for metric in METRICS)
+_DECLARED = frozenset(key for metric in METRICS for key in metric.stats_keys())
 _WAITING_CALLS = (wire.Flush, wire.Clear, wire.Remove, wire.AdminVerify)
 _NO_CLIENT = Client(0, b"", Identity("", is_own_user=False, may_administer=False), None, 0, -1)
 

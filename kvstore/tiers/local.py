@@ -24,7 +24,7 @@ import numpy.typing as npt
 from kvstore import _native
 from kvstore.block import BlockHashes, Namespace
 from kvstore.config import StoreConfig
-from kvstore.control import Ack, Granted, Offsets, Reserved
+from kvstore.control import NO_SPACE, Ack, Granted, Offsets, Reserved
 from kvstore.errors import ConfigError, IncompatibleError, OutOfSpaceError, StoreClosedError
 from kvstore.events import Event, decode_events, last_sequence
 from kvstore.metrics import Counters
@@ -302,6 +302,7 @@ class LocalControl:
         self._owns_tiers = owns_tiers
         self._closed = False
         self._block_bytes = namespace.spec.block_bytes
+        self._arena_address = tiers.arena.ctypes.data
         self._block_tokens = namespace.spec.block_tokens
 
     @property
@@ -318,14 +319,31 @@ class LocalControl:
 
     @property
     def arena(self) -> npt.NDArray[np.uint8]:
+        """The whole arena, mapped in this process."""
+        self.require_open()
+        return self._tiers.arena
+
+    @property
+    def piece_blocks(self) -> int | None:
+        return None
+
+    def require_open(self) -> None:
         if self._closed:  # leases and reservations ended with it: their slots are others' now
             raise StoreClosedError("the store is closed")
-        return self._tiers.arena
 
     # --- looking
 
     def match(self, hashes: BlockHashes) -> int:
         return self._core.match(self._id, hashes.array, hashes.start)
+
+    def lookup(self, hashes: BlockHashes, prefetch: bool) -> tuple[int, int]:
+        num_blocks = self.match(hashes)
+        if num_blocks == 0:
+            return 0, 0
+        num_cpu = int(np.count_nonzero(self.residency(hashes[:num_blocks]) & 1))
+        if prefetch and num_cpu < num_blocks and not self._tiers.is_stuck:
+            self._tiers.promote(self._id, hashes[:num_blocks])
+        return num_blocks, num_cpu
 
     def residency(self, hashes: BlockHashes) -> npt.NDArray[np.uint8]:
         return self._core.residency(self._id, hashes.array)
@@ -408,7 +426,12 @@ class LocalControl:
         return longer, late
 
     def _acquire(self, hashes: BlockHashes, ttl: float | None) -> Granted:
-        return Granted(*self._core.acquire(self._owner, self._id, hashes.array, ttl, True))
+        granted = self._core.acquire(self._owner, self._id, hashes.array, ttl, True)
+        return Granted(*granted, self._tiers.arena, self._arena_address)
+
+    def pin(self, hashes: BlockHashes, timeout: float) -> tuple[int, int]:
+        granted = self.acquire(hashes, None, timeout)
+        return granted.lease, len(granted.offsets)
 
     def release(self, lease: int) -> bool:
         return self._core.release(self._owner, lease)
@@ -467,12 +490,18 @@ class LocalControl:
             self._tiers.stored(self._id, hashes.array)
         return TransferResult(leading, stored, present, pending, no_space, orphan, ack="memory")
 
-    def reserve(self, hashes: BlockHashes) -> Reserved:
-        return Reserved(
-            *self._core.reserve(
+    def reserve(self, hashes: BlockHashes, wait: float = 0.0) -> Reserved:
+        deadline = time.monotonic() + wait
+        while True:
+            seen = self._core.change_count
+            reservation, statuses, offsets = self._core.reserve(
                 self._owner, self._id, hashes.array, hashes.start, hashes.parent, False
             )
-        )
+            left = deadline - time.monotonic()
+            if reservation or left <= 0 or self._closed or not np.any(statuses == NO_SPACE):
+                break
+            self._core.wait_for_change(seen, min(left, _WAIT_SLICE_SECONDS))
+        return Reserved(reservation, statuses, offsets, self._tiers.arena, self._arena_address)
 
     def commit(
         self, reservation: int, checksums: Offsets, hashes: BlockHashes, ack: Ack
