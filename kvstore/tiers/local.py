@@ -25,7 +25,7 @@ from kvstore import _native
 from kvstore.block import BlockHashes, Namespace
 from kvstore.config import StoreConfig
 from kvstore.control import NO_SPACE, Ack, Granted, Offsets, Reserved
-from kvstore.errors import ConfigError, IncompatibleError, OutOfSpaceError, StoreClosedError
+from kvstore.errors import ConfigError, OutOfSpaceError, StoreClosedError
 from kvstore.events import Event, decode_events, last_sequence
 from kvstore.metrics import Counters
 from kvstore.records import hash_rows
@@ -94,7 +94,6 @@ class Tiers:
         self._described: list[tuple[int, str, Namespace]] = []  # number, tenant's name
         self._events_on = False
         self.core = _new_core(config, first_block_bytes) if core is None else core
-        self._growing: Any = self.core  # what the native core is about to offer
         self.arena: npt.NDArray[np.uint8] = self.core.arena
         self._tenants: dict[str, int] = {"": DEFAULT_TENANT}
         self._ssd_quotas: dict[int, int] = {}
@@ -120,26 +119,18 @@ class Tiers:
     def _add_tenant(self, tenant: Tenant) -> None:
         if tenant.name in self._tenants:
             raise ConfigError(f"tenants: {tenant.name!r} is there twice")
-        number = self._growing.add_tenant(tenant.cpu_quota, tenant.ssd_quota)
+        number = self.core.add_tenant(tenant.cpu_quota, tenant.ssd_quota)
         self._tenants[tenant.name] = number
         if tenant.ssd_quota:
             self._ssd_quotas[number] = tenant.ssd_quota
 
     def _restore(self) -> None:
-        """Find again what ssd and arena hold. Namespaces of the arena keep their numbers.
-
-        So a process that dies on the way leaves an arena whose metadata and slots still agree.
-        """
+        """Find again what ssd and arena hold."""
         kept: dict[int, int] = {}
-        before = unpack_metadata(self._growing.metadata()) if self._is_adopting else []
+        before = unpack_metadata(self.core.metadata()) if self._is_adopting else []
         for number, name, namespace in before:
             if name in self._tenants:
-                again = kept[number] = self._register(namespace, self._tenants[name])
-            else:  # only so that the numbers that follow are the same
-                again = self.core.add_namespace(namespace.spec.block_bytes)
-                self._described.append((again, name, namespace))
-            if again != number:
-                raise IncompatibleError(f"arena: namespace {number} comes back as {again}")
+                kept[number] = self.bind(namespace, self._tenants[name])
         if self.ssd is not None:
             for name, namespace in self.ssd.stored_namespaces():
                 if name in self._tenants:
@@ -147,11 +138,11 @@ class Tiers:
             self.ssd.restore()
         if not self._is_adopting:
             return
-        self.recovered = self._growing.recover(kept)
+        self.recovered = self.core.recover(kept)
         self._is_adopting = False
         self._save_metadata()
         for number in kept.values():
-            self.adopted(number, self._growing.recovered_not_on_ssd(number))
+            self.adopted(number, self.core.recovered_not_on_ssd(number))
 
     def described(self) -> list[tuple[int, str, Namespace]]:
         """Return number, tenant's name and namespace of all there are."""
@@ -173,11 +164,9 @@ class Tiers:
             return number
 
     def _register(self, namespace: Namespace, tenant: int) -> int:
-        number: int
         name = next(name for name, number in self._tenants.items() if number == tenant)
         try:
-            of_tenant = (tenant,) if tenant != DEFAULT_TENANT else ()
-            number = self._growing.add_namespace(namespace.spec.block_bytes, *of_tenant)
+            number = self.core.add_namespace(namespace.spec.block_bytes, tenant)
         except ValueError as error:
             raise ConfigError(f"chunk: {error}") from error
         if self.ssd is not None:
@@ -189,12 +178,11 @@ class Tiers:
         return number
 
     def _ssd_room(self, tenant: int, quota: int) -> int:
-        return quota - int(self._growing.tenant_stats(tenant)["ssd_used_bytes"])
+        return quota - self.core.tenant_stats(tenant)["ssd_used_bytes"]
 
     def _save_metadata(self) -> None:
         try:
-            if hasattr(self._growing, "set_metadata"):
-                self._growing.set_metadata(pack_metadata(self._described))
+            self.core.set_metadata(pack_metadata(self._described))
         except ValueError as error:  # blocks of the newest namespaces will not be adopted
             self.counters.add("background_errors")
             log.warning("the arena cannot name all its namespaces: %s", error)

@@ -147,9 +147,8 @@ class SsdSide:
 
     def stored(self, number: int, hashes: HashRows) -> None:
         """Blocks were stored in the cpu tier at level memory; see `kvstore.tiers.admission`."""
-        hashes = self.admission.stored(number, hashes)
-        if len(hashes):
-            self._writer.submit(self._job(number, hashes, self.admission.origin_of_stored))
+        for origin, admitted in self.admission.stored(number, hashes):
+            self._writer.submit(self._job(number, admitted, origin))
 
     def used(self, number: int, hashes: HashRows) -> None:
         """Blocks were read in the cpu tier; the last of them is not on ssd."""
@@ -162,9 +161,8 @@ class SsdSide:
 
     def adopted(self, number: int, hashes: HashRows) -> None:
         """Blocks are in the cpu tier from before this process began, ancestors first."""
-        hashes = self.admission.stored(number, hashes)
-        if len(hashes):
-            self._writer.offer_later(self._job(number, hashes, self.admission.origin_of_stored))
+        for origin, admitted in self.admission.stored(number, hashes):
+            self._writer.offer_later(self._job(number, admitted, origin))
 
     def _job(self, number: int, hashes: HashRows, origin: Origin) -> Job:
         return Job(number, hashes, len(hashes) * self._core.block_bytes(number), origin=origin)
@@ -268,7 +266,8 @@ class SsdSide:
         written = 0
         block_bytes = self._specs[number].spec.block_bytes
         # A quarter: what is being written is leased, and a disk may hang over it.
-        step = max(1, min(WriteBehind.BATCH_BYTES, self._core.arena.nbytes // 4) // block_bytes)
+        quarter = self._core.stats()["cpu_capacity_bytes"] // 4
+        step = max(1, min(WriteBehind.BATCH_BYTES, quarter) // block_bytes)
         while len(hashes):
             part = hashes[:step]
             lease, offsets, _, _, checksums = self._core.acquire(
