@@ -75,7 +75,7 @@ class Link:
         self._breaker = Breaker(time.monotonic)
         self._unsettled: list[Session] = []
         self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
+        self._why = ""  # the daemon is away: of an error the words only, it holds on to a session
         self._last: Session | None = None  # whose arena may be the next one's too
 
     def connect(self) -> Session:
@@ -100,7 +100,7 @@ class Link:
             self.connect()
         except (KVStoreError, ValueError, LookupError, TypeError) as error:
             with self._lock:
-                self._error = error
+                self._why = str(error)
                 self._breaker.failed()
                 self._start()
 
@@ -114,8 +114,7 @@ class Link:
         session = self.session
         if session is None:
             self.require_open()
-            why = f": {self._error}" if self._error else ""
-            raise PeerUnavailableError(f"{self._target.address} is away{why}")
+            raise PeerUnavailableError(f"{self._target.address} is away: {self._why}")
         return session
 
     def require_open(self) -> None:
@@ -148,7 +147,7 @@ class Link:
         with self._lock:
             if not session.retire():
                 return
-            self._error = error
+            self._why = str(error)
             if self.session is session:
                 self.session = None
             self._unsettled.append(session)
@@ -188,7 +187,7 @@ class Link:
             self.connect()
         except Exception as error:  # noqa: BLE001  whatever it is, it shall not end the trying
             with self._lock:
-                self._error = error
+                self._why = str(error)
                 self._breaker.failed()
             return
         with self._lock:

@@ -327,6 +327,7 @@ class Server:
                 notices=tiers.ssd is not None,
                 notice_used=tiers.wants_used,
                 label=f"{identity.tenant}/{name}" if identity.tenant else name,
+                block_tokens=control.namespace.spec.block_tokens if control else 0,
             ):
                 raise PeerUnavailableError("the connection is gone")
         except BaseException:

@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from kvstore import _native
+from kvstore import _native, tracing
 from kvstore.address import tcp_address
 from kvstore.auth import read_secret
 from kvstore.config import DaemonConfig, parse_bytes
@@ -99,6 +99,8 @@ class Service:
 
     def _start(self, adopt: Adoption, environment_token: bytes | None) -> None:
         config, undo = self.config, self._undo
+        if config.trace:
+            undo.callback(tracing.export_to(config.trace).close)
         tenants = tenants_of(config, environment_token, os.geteuid())
         directory, beside = Path(config.state), config.socket_path.parent
         if not beside.exists() or beside == fallback_directory():
@@ -191,6 +193,7 @@ class Service:
         finally:
             os.close(fd)
         self._adopted = {**(tiers.recovered or {}), "seconds": time.monotonic() - began}
+        tracing.note("adopt", **self._adopted)
         log.info("adopted an arena: %s", self._adopted)
         return tiers
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from kvstore import _native
+from kvstore import _native, tracing
 from kvstore.daemon.processes import is_alive
 from kvstore.metrics import Counters
 
@@ -39,6 +39,7 @@ class Scrubber:
         self._counters = counters
         self._lock = threading.Lock()  # one round at a time; guards all fields
         self._cursor = 0
+        self._round_bytes, self._round_began = 0, time.monotonic()
         self.checked_bytes = 0
         self.removed_blocks = 0
         self.rounds = 0
@@ -49,7 +50,12 @@ class Scrubber:
             checked: int
             self._cursor, checked, removed = self._core.scrub(self._cursor, max_bytes)
             self._note(checked, removed)
-            self.rounds += self._cursor == 0 and checked > 0
+            self._round_bytes += checked
+            if self._cursor == 0 and checked > 0:
+                self.rounds += 1
+                seconds = time.monotonic() - self._round_began
+                tracing.note("scrub", seconds, bytes=self._round_bytes)
+                self._round_bytes, self._round_began = 0, time.monotonic()
             return checked
 
     def everything(self, seconds: float) -> tuple[int, int, bool]:

@@ -6,7 +6,7 @@ import contextlib
 import secrets
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from kvstore import wire
@@ -33,7 +33,7 @@ class FakeDaemon:
         self._open = {self._listener}
         self._number = 0
         self._path = path
-        threading.Thread(target=self._accept, daemon=True).start()
+        threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
 
     def welcome(self) -> wire.Welcome:
         self._number += 1
@@ -62,6 +62,14 @@ class FakeDaemon:
                 connection.shutdown(socket.SHUT_RDWR)
             connection.close()
 
+    @contextlib.contextmanager
+    def over_tcp(self) -> Iterator[str]:
+        """Listen on a loopback port too."""
+        listener = socket.create_server(("127.0.0.1", 0))
+        self._open.add(listener)
+        threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
+        yield f"tcp:127.0.0.1:{listener.getsockname()[1]}"
+
     def __enter__(self) -> FakeDaemon:
         return self
 
@@ -69,10 +77,10 @@ class FakeDaemon:
         with contextlib.suppress(FileNotFoundError):
             self.die()
 
-    def _accept(self) -> None:
+    def _accept(self, listener: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while True:
-                connection, _ = self._listener.accept()
+                connection, _ = listener.accept()
                 self._open.add(connection)
                 threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from kvstore.daemon.http import HttpServer, start_http
+import kvstore.daemon.http
+from kvstore.daemon.http import HttpServer, page, page_policy, start_http
 from kvstore.errors import StoreClosedError
 from tests.daemon.served import HOSTILE, FakeService, make_status
 
@@ -131,6 +132,34 @@ def test_charts_have_lines_axes_and_units(browse: Browse, server: HttpServer) ->
         assert len(re.findall(r"\|\d\d:\d\d:\d\d", found.text[identity])) >= 3
     assert found.tags.count("path") == 3
     assert "load 1.5 GiB/s" in found.text["flow"]
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        'box.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowLeft" }));' * 2,
+        'const at = box.getBoundingClientRect(); box.dispatchEvent(new PointerEvent("pointermove",'
+        " { clientX: at.right - 6 - (at.width - 60) / 299 }));",
+    ],
+    ids=["keys", "pointer"],
+)
+def test_values_of_the_past_can_be_read_by_keys_and_pointer(
+    browse: Browse, server: HttpServer, monkeypatch: pytest.MonkeyPatch, act: str
+) -> None:
+    script = f"<script>setTimeout(() => {{ const box = charts.hits.box; {act} }}, 1000);</script>"
+    text = page().replace(b"</body>", script.encode() + b"</body>")
+    monkeypatch.setattr(kvstore.daemon.http, "page", lambda: text)
+    page_policy.cache_clear()
+    try:
+        found = document(browse, server)
+    finally:
+        monkeypatch.undo()
+        page_policy.cache_clear()
+    before_last = make_status()["history"][-2][1]
+    assert f"hit ratio {round(before_last * 100, 1):g} %" in found.text["hits"]
+    assert "now" not in found.text["hits"]
+    assert "now" in found.text["flow"]
+    assert found.tags.count("path") == 3
 
 
 def test_text_of_clients_is_never_markup(browse: Browse, server: HttpServer) -> None:
