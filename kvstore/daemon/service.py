@@ -53,7 +53,7 @@ State = Literal["adopting", "serving", "draining"]
 Ending = Literal["stop", "keep", "restart"]
 
 DRAIN_SECONDS = 5.0
-CLOSE_SECONDS = 60.0
+_DRAIN_SLICE_SECONDS = 0.1
 RESTART_HOLD_SECONDS = 60.0  # at least: how long the arena waits for the program to start again
 _BLOCK_BYTES = 64 << 10  # small for a block of a real model: bounds that follow from it are wide
 _CLIENTS_SHOWN_MAX = 1000
@@ -270,7 +270,7 @@ class Service:
             return
         self.state = "draining"
         self._ending = self._ending or "stop"
-        if not self._server.drain(DRAIN_SECONDS):
+        if not self._drain(DRAIN_SECONDS):
             log.warning("writes were still under way after %g s", DRAIN_SECONDS)
         if self._ending == "stop":
             self._holding.drop()
@@ -278,6 +278,14 @@ class Service:
             least = RESTART_HOLD_SECONDS if self._ending == "restart" else 0.0
             self._keep_arena(max(self.config.hold_seconds, least))
         self._undo.close()
+
+    def _drain(self, seconds: float) -> bool:
+        """In slices: between them a second signal is heard."""
+        deadline = time.monotonic() + seconds
+        while not self._server.drain(_DRAIN_SLICE_SECONDS):
+            if time.monotonic() >= deadline:
+                return False
+        return True
 
     def __enter__(self) -> Service:
         return self
