@@ -177,7 +177,8 @@ py::dict Stats(PyServer &self) {
     KV_COUNT(missed_absent_blocks);
     KV_COUNT(missed_pending_blocks);
     KV_COUNT(missed_evicted_blocks);
-    KV_COUNT(missed_ssd_blocks);
+    KV_COUNT(missed_deadline_blocks);
+    KV_COUNT(missed_corrupt_blocks);
     KV_COUNT(loaded_bytes);
     KV_COUNT(stored_bytes);
     KV_COUNT(read_bytes);
