@@ -194,6 +194,7 @@ class Service:
             os.close(fd)
         self._adopted = {**(tiers.recovered or {}), "seconds": time.monotonic() - began}
         tracing.note("adopt", **self._adopted)
+        tracing.note("adopt", self._adopted["seconds"], blocks=self._adopted.get("adopted", 0))
         log.info("adopted an arena: %s", self._adopted)
         return tiers
 
