@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 from kvstore import wire
-from kvstore.errors import DeadlineExceededError, KVStoreError, PeerUnavailableError
+from kvstore.errors import ConfigError, DeadlineExceededError, KVStoreError
 from kvstore.ops.common import (
     ConfigOption,
     ConnectOption,
@@ -66,7 +66,9 @@ def restart_daemon(
             if status["epoch"] != asked["epoch"] and status["state"] == "serving":
                 break
             why = DeadlineExceededError("it still finishes what is under way")
-        except (PeerUnavailableError, DeadlineExceededError) as error:
+        except ConfigError:
+            raise
+        except KVStoreError as error:  # gone, or answering for the last time
             why = error
         if time.monotonic() - began > timeout:
             raise DeadlineExceededError(f"the daemon does not serve after {timeout} s: {why}")

@@ -142,10 +142,13 @@ def test_restart_keeps_content_and_process(tmp_path: Path) -> None:
             assert client.welcome.epoch != epoch
             assert np.array_equal(client.get(1, 8), content(1, 8))
             epoch = client.welcome.epoch
+        descriptors = len(os.listdir(f"/proc/{daemon.pid}/fd"))
         daemon.process.send_signal(signal.SIGHUP)
         wait_until(lambda: epoch_of(daemon.address) not in (b"", epoch))
         with RawClient(daemon.address) as client:
             assert np.array_equal(client.get(1, 8), content(1, 8))
+        # Those of a client that has just left may still be there.
+        wait_until(lambda: len(os.listdir(f"/proc/{daemon.pid}/fd")) <= descriptors)
         assert len(daemon.holder_pids()) == 1
         assert daemon.stop() == 0
         assert daemon.holder_pids() == []
