@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "copy/copy.h"
+#include "copy/verify.h"
 #include "core/check.h"
 
 namespace kvstore {
@@ -58,8 +59,9 @@ LoadResult LoadBlocks(StoreCore &core, OwnerId owner, NamespaceId ns, const Bloc
     LoadResult result;
     std::vector<Grant> grants(n);
     LeaseId lease = 0;
-    const std::size_t held =
-        core.Acquire(owner, ns, hashes, n, StoreCore::kNever, true, &lease, grants.data());
+    std::size_t num_damaged;  // the core counts them
+    const std::size_t held = AcquireVerified(core, owner, ns, hashes, n, StoreCore::kNever, true,
+                                             &lease, grants.data(), &num_damaged);
     if (held == 0) return result;
     std::vector<const std::uint8_t *> from(held);
     for (std::size_t i = 0; i < held; ++i) {

@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -9,6 +10,7 @@
 #include <cstring>
 #include <new>
 
+#include "core/arena_checks.h"
 #include "core/check.h"
 #include "core/mapping.h"
 
@@ -24,8 +26,6 @@ namespace kvstore {
 
 namespace {
 
-constexpr char kArenaMagic[8] = {'k', 'v', 'a', 'r', 'e', 'n', 'a', '1'};
-
 std::size_t RoundUp(std::size_t bytes) { return (bytes + kPageBytes - 1) & ~(kPageBytes - 1); }
 
 std::string Describe(const char *what, int error) {
@@ -37,22 +37,30 @@ std::string Describe(const char *what, int error) {
 std::unique_ptr<Arena> Arena::Create(std::size_t bytes, std::size_t chunk_bytes, bool huge_pages,
                                      std::string *error) {
     KV_CHECK(chunk_bytes > 0 && chunk_bytes % kPageBytes == 0 && chunk_bytes <= bytes);
-    std::size_t total = kPageBytes + bytes / chunk_bytes * chunk_bytes;
-    if (huge_pages) total = (total + kHugePageBytes - 1) / kHugePageBytes * kHugePageBytes;
+    const ArenaGeometry geometry = ArenaGeometry::Of(bytes, chunk_bytes, huge_pages);
     const unsigned flags = MFD_CLOEXEC | MFD_ALLOW_SEALING | (huge_pages ? MFD_HUGETLB : 0u);
     const int fd = memfd_create("kvstore-arena", flags);
     if (fd < 0) {
         *error = Describe("memfd_create", errno);
         return nullptr;
     }
-    const int failed = posix_fallocate(fd, 0, static_cast<off_t>(total));
+    // The metadata's memory is taken when there is some; of huge pages a hole could not be filled.
+    const std::size_t taken = huge_pages ? geometry.total_bytes : geometry.metadata;
+    int failed = posix_fallocate(fd, 0, static_cast<off_t>(taken));
+    if (failed == 0 && ftruncate(fd, static_cast<off_t>(geometry.total_bytes)) != 0) failed = errno;
     if (failed != 0) {
         *error = Describe("posix_fallocate", failed);
         close(fd);
         return nullptr;
     }
-    fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW);
-    void *base = MapOnHugeEdge(total, fd);
+    std::array<std::uint8_t, kArenaIdBytes> id;
+    if (fchmod(fd, S_IRUSR | S_IWUSR) != 0 || getentropy(id.data(), id.size()) != 0 ||
+        fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW) != 0) {
+        *error = Describe("memfd", errno);
+        close(fd);
+        return nullptr;
+    }
+    void *base = MapOnHugeEdge(geometry.total_bytes, fd);
     if (base == nullptr) {
         *error = Describe("mmap", errno);
         close(fd);
@@ -60,17 +68,30 @@ std::unique_ptr<Arena> Arena::Create(std::size_t bytes, std::size_t chunk_bytes,
     }
     // Best effort, both. With 4 KiB pages a copy out of the arena takes a TLB miss a page and the
     // hardware's prefetch stops at its end; collapsing takes less time than touching them does.
-    if (!huge_pages) madvise(base, total, MADV_COLLAPSE);
-    madvise(base, total, MADV_POPULATE_WRITE);
-    std::memcpy(base, kArenaMagic, sizeof(kArenaMagic));
-    return std::unique_ptr<Arena>(
-        new Arena(fd, static_cast<std::uint8_t *>(base), total, chunk_bytes));
+    if (!huge_pages) madvise(base, taken, MADV_COLLAPSE);
+    madvise(base, taken, MADV_POPULATE_WRITE);
+    auto arena = std::unique_ptr<Arena>(new Arena(fd, static_cast<std::uint8_t *>(base), geometry));
+    Superblock &block = arena->superblock();
+    std::memcpy(block.magic, kArenaMagic, sizeof(kArenaMagic));
+    block.version = kArenaVersion;
+    block.page_bytes = kPageBytes;
+    std::memcpy(block.arena_id, id.data(), id.size());
+    block.total_bytes = geometry.total_bytes;
+    block.chunk_bytes = geometry.chunk_bytes;
+    block.num_chunks = geometry.num_chunks;
+    block.first_chunk = geometry.first_chunk;
+    block.metadata = geometry.metadata;
+    SuperblockChecksum(block, block.checksum);
+    arena->TakeIdentity();
+    for (std::uint32_t chunk = arena->num_chunks(); chunk-- > 0;) {
+        arena->unassigned_.push_back(chunk);
+    }
+    return arena;
 }
 
-Arena::Arena(int fd, std::uint8_t *base, std::size_t bytes, std::size_t chunk_bytes)
-    : fd_(fd), base_(base), bytes_(bytes), chunk_bytes_(chunk_bytes) {
-    chunks_.resize((bytes - kPageBytes) / chunk_bytes);
-    for (std::uint32_t chunk = num_chunks(); chunk-- > 0;) unassigned_.push_back(chunk);
+Arena::Arena(int fd, std::uint8_t *base, const ArenaGeometry &geometry)
+    : fd_(fd), base_(base), geometry_(geometry), bytes_(geometry.total_bytes) {
+    chunks_.resize(geometry.num_chunks);
 }
 
 Arena::~Arena() {
@@ -78,23 +99,25 @@ Arena::~Arena() {
     close(fd_);
 }
 
-bool Arena::FindOrAddClass(std::size_t payload_bytes, SizeClass *size_class) {
-    const std::size_t slot_bytes = RoundUp(payload_bytes);
+bool Arena::FindClass(std::size_t slot_bytes, SizeClass *size_class) const {
     for (SizeClass i = 0; i < classes_.size(); ++i) {
         if (classes_[i].slot_bytes == slot_bytes) {
             *size_class = i;
             return true;
         }
     }
+    return false;
+}
+
+bool Arena::FindOrAddClass(std::size_t payload_bytes, SizeClass *size_class) {
+    const std::size_t slot_bytes = RoundUp(payload_bytes);
+    if (FindClass(slot_bytes, size_class)) return true;
+    const ChunkLayout layout = ChunkLayout::Of(geometry_.chunk_bytes, slot_bytes);
+    if (layout.num_slots == 0) return false;
     Class made;
     made.slot_bytes = slot_bytes;
-    std::size_t slots = chunk_bytes_ / slot_bytes;
-    while (slots > 0 && RoundUp(slots * sizeof(SlotHeader)) + slots * slot_bytes > chunk_bytes_) {
-        --slots;
-    }
-    if (slots == 0) return false;
-    made.slots_per_chunk = static_cast<SlotId>(slots);
-    made.header_bytes = RoundUp(slots * sizeof(SlotHeader));
+    made.slots_per_chunk = layout.num_slots;
+    made.header_bytes = layout.header_bytes;
     classes_.push_back(std::move(made));
     if (classes_.size() == 2) {  // the first class was alone and kept its empty chunks
         for (std::uint32_t chunk = 0; chunk < num_chunks(); ++chunk) {
@@ -118,6 +141,8 @@ SlotId Arena::Allocate(SizeClass size_class) {
             new (&header(size_class, first + i)) SlotHeader{};
             owner.free.push_back(first + i);
         }
+        CompilerFence();  // the table never names a chunk whose headers are not made
+        MarkChunk(chunk, owner.slot_bytes);
     }
     const SlotId slot = owner.free.back();
     owner.free.pop_back();
@@ -139,9 +164,16 @@ void Arena::Free(SizeClass size_class, SlotId slot) {
 void Arena::ReturnChunk(SizeClass size_class, std::uint32_t chunk) {
     Class &owner = classes_[size_class];
     std::erase_if(owner.free, [&](SlotId slot) { return slot / owner.slots_per_chunk == chunk; });
-    chunks_[chunk].owner = UINT32_MAX;
+    chunks_[chunk].owner = kNobody;
+    MarkChunk(chunk, 0);
     --owner.num_chunks;
     unassigned_.push_back(chunk);
+}
+
+void Arena::MarkChunk(std::uint32_t chunk, std::size_t slot_bytes) {
+    auto *table = reinterpret_cast<std::atomic<std::uint64_t> *>(base_ + kPageBytes);
+    table[chunk].store(ChunkMark(slot_bytes), std::memory_order_release);
+    CompilerFence();
 }
 
 SlotId Arena::num_slots(SizeClass size_class) const {

@@ -42,6 +42,8 @@ public:
         head_ = head_ + 1 == keys_.size() ? 0 : head_ + 1;
     }
 
+    bool Has(std::uint64_t key) const { return Find(key) != kNowhere; }
+
     // Forgets the key; returns its value, or Value{} when it was not remembered.
     Value Take(std::uint64_t key) {
         const std::size_t at = Find(key);

@@ -59,6 +59,7 @@ struct Entry {
     EntryId prev_sibling = kNoEntry;
     std::uint32_t cpu_children = 0;  // children that hold a slot
     std::uint8_t ssd_codec = 0;
+    bool unverified = false;         // its bytes in DRAM were not checked since they were adopted
     std::uint64_t checksum = 0;      // XXH3-64 of the payload
     std::uint64_t ssd_checksum = 0;  // XXH3-64 of the stored bytes
 

@@ -22,11 +22,14 @@
 // everything; Match and Residency only read. Nobody else's code runs under it.
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
 #include <deque>
+#include <map>
 #include <memory>
+#include <mutex>
 #include <shared_mutex>
 #include <string>
 #include <unordered_map>
@@ -34,6 +37,7 @@
 
 #include "core/arena.h"
 #include "core/eviction.h"
+#include "core/ghost_queue.h"
 #include "core/index.h"
 #include "core/types.h"
 
@@ -64,6 +68,16 @@ struct Grant {
     std::uint64_t header_offset = 0;
     std::uint64_t sequence = 0;
     std::uint64_t checksum = 0;  // 0 for a writer
+    bool unverified = false;     // adopted, its bytes not checked yet (copy/verify.h)
+    bool on_ssd = false;
+};
+
+// Why a block is not ready in the cpu tier.
+enum class MissReason : std::uint8_t {
+    kAbsent = 0,     // never seen, or forgotten
+    kPending = 1,    // being written
+    kEvicted = 2,    // was here, and left for others
+    kAvailable = 3,  // none: it can be had, maybe from ssd only
 };
 
 struct SsdPlace {
@@ -96,6 +110,33 @@ struct Event {
     std::uint32_t depth = 0;
 };
 
+using TenantId = std::uint32_t;
+
+// What a tenant may hold, 0 for no limit, and what it holds.
+struct TenantStats {
+    std::uint64_t cpu_quota_bytes = 0;
+    std::uint64_t ssd_quota_bytes = 0;
+    std::uint64_t cpu_used_bytes = 0;  // slots, those of removed blocks still read included
+    std::uint64_t cpu_blocks = 0;      // ready
+    std::uint64_t ssd_blocks = 0;
+    std::uint64_t ssd_used_bytes = 0;  // stored
+    std::uint64_t evicted = 0;
+    std::uint64_t refused_no_space = 0;
+};
+
+struct RecoverResult {
+    std::uint64_t adopted = 0;
+    std::uint64_t discarded = 0;  // slots that held no block that could be had again
+    std::uint64_t quarantined = 0;
+    std::uint64_t bytes = 0;  // payload adopted
+};
+
+// Slots that a writer of the process before may still be writing to.
+struct Quarantined {
+    SlotWriter writer;
+    std::uint64_t num_slots = 0;
+};
+
 struct CoreStats {
     std::uint64_t blocks = 0;      // findable, any tier
     std::uint64_t cpu_blocks = 0;  // ready in the cpu tier
@@ -110,12 +151,16 @@ struct CoreStats {
     std::uint64_t refused_no_space = 0;
     std::uint64_t refused_orphan = 0;
     std::uint64_t leases_expired = 0;
+    std::uint64_t damaged = 0;      // adopted or scrubbed blocks that were removed
+    std::uint64_t quarantined = 0;  // slots
+    std::uint64_t unverified = 0;   // adopted blocks whose bytes were not checked yet
 };
 
 class StoreCore {
 public:
     static constexpr std::int64_t kNever = INT64_MAX;
 
+    // An arena that was adopted has no room until Recover().
     // REQUIRES: `policy` is one of EvictionPolicyNames().
     StoreCore(std::unique_ptr<Arena> arena, std::string policy);
     StoreCore(const StoreCore &) = delete;
@@ -123,13 +168,42 @@ public:
 
     // A number for blocks of `block_bytes`. Returns false when such a block does not fit in a
     // chunk.
-    bool AddNamespace(std::size_t block_bytes, NamespaceId *ns);
+    // REQUIRES: `tenant` is 0 or was returned by AddTenant.
+    bool AddNamespace(std::size_t block_bytes, NamespaceId *ns, TenantId tenant = 0);
     std::size_t num_namespaces() const;
     std::size_t block_bytes(NamespaceId ns) const;
 
-    OwnerId NewOwner();
+    // A party that holds blocks of its own, next to tenant 0, which has no quota. Over its quota it
+    // evicts its own blocks; when the arena is full, the tenant most over its share gives. A share
+    // is the quota, or an equal part of what the quotas leave.
+    TenantId AddTenant(std::uint64_t cpu_quota_bytes, std::uint64_t ssd_quota_bytes);
+    std::size_t num_tenants() const;
+    TenantStats StatsOf(TenantId tenant) const;
+
+    // `writer` is who writes to the slots reserved by this owner, when not this process.
+    OwnerId NewOwner(const SlotWriter &writer = {});
     // Ends all leases and reservations of a client that is gone.
     void ReleaseOwner(OwnerId owner);
+
+    // --- taking over an arena (store_core_recover.cc)
+    // True between the adoption of an arena and Recover.
+    bool is_recovering() const;
+    // Takes in the blocks that lie in an adopted arena: after its namespaces were added and the ssd
+    // tier was restored, before anything else. namespace_ids: the numbers that namespaces had when
+    // the metadata was last set -> their numbers now; the blocks of others are freed. What no match
+    // could reach is freed as well. Blocks keep the order in which they were written, not that in
+    // which they were used. REQUIRES: is_recovering(); no two numbers become one.
+    RecoverResult Recover(const std::unordered_map<NamespaceId, NamespaceId> &namespace_ids);
+    // Blocks of a namespace that are ready in the cpu tier and not on ssd, parents first.
+    std::vector<BlockHash> ReadyNotOnSsd(NamespaceId ns) const;
+    std::vector<Quarantined> Quarantine() const;
+    // The writer has ended, or said that it writes no more. Returns how many slots that frees.
+    std::size_t ReleaseQuarantine(std::uint64_t writer_id);
+    // The caller's own words for the next process. Set them again whenever a namespace was added
+    // that should be found again: blocks of namespaces added later are not recovered.
+    std::string Metadata() const;
+    // Returns false and sets `error` when there are too many bytes or no memory.
+    bool SetMetadata(const std::string &bytes, std::string *error);
 
     // --- looking
     // Leading blocks that are available in any tier.
@@ -142,6 +216,12 @@ public:
     // returns how many are.
     std::size_t WaitFor(NamespaceId ns, const BlockHash *hashes, std::size_t n, std::int64_t start,
                         std::size_t want, std::int64_t deadline_ns) const;
+    // A number that changes whenever a block became ready or room was made.
+    std::uint64_t ChangeCount() const { return change_count_.load(std::memory_order_acquire); }
+    // Waits until it is no longer `seen`, or until the deadline; returns it.
+    std::uint64_t WaitForChange(std::uint64_t seen, std::int64_t deadline_ns) const;
+    // Which blocks were evicted is remembered from the first call on, for the last kGhosts of them.
+    MissReason Why(NamespaceId ns, const BlockHash &hash);
 
     // --- writing
     // Grants slots for the blocks of `chain` that need one. statuses[i] says what became of block
@@ -158,6 +238,9 @@ public:
     void Abort(OwnerId owner, std::uint64_t reservation);
     // Blocks reserved under it; 0 when unknown or another owner's.
     std::size_t ReservationSize(OwnerId owner, std::uint64_t reservation) const;
+    // The same blocks' places, in order. False when unknown or another owner's.
+    bool ReservationGrants(OwnerId owner, std::uint64_t reservation,
+                           std::vector<Grant> *grants) const;
 
     // --- reading
     // Pins the leading blocks that are ready in the cpu tier. Returns how many; the lease is 0 when
@@ -168,6 +251,30 @@ public:
     // False when the lease is unknown or another owner's: it had expired, and what was read may be
     // another block's.
     bool Release(OwnerId owner, LeaseId lease);
+    // grants[i] <- block first + i of a lease. False when the lease is unknown or another owner's,
+    // or has fewer blocks.
+    bool LeaseGrants(OwnerId owner, LeaseId lease, std::size_t first, std::size_t n,
+                     Grant *grants) const;
+    // The bytes of these blocks have their checksums. sequences[i] is that of the slot that was
+    // read: another one by now is left alone.
+    void MarkVerified(NamespaceId ns, const BlockHash *hashes, const std::uint64_t *sequences,
+                      std::size_t n);
+    // The bytes in this slot are not those of the block. Its copy in DRAM goes; so does the block
+    // with all that continue it, where there is no copy on ssd or somebody reads it. False when the
+    // slot changed hands meanwhile. REQUIRES: the caller itself holds no lease on it.
+    bool RemoveDamaged(NamespaceId ns, const BlockHash &hash, std::uint64_t sequence);
+
+    // --- checking at leisure (copy/scrub.h)
+    struct ScrubBlock {
+        NamespaceId namespace_id;
+        BlockHash hash;
+        std::size_t payload_bytes;
+        Grant grant;
+    };
+    // Pins ready blocks from slot number *cursor on, at most `max_bytes` of them, or one; looks at
+    // a bounded number of slots. *cursor moves on, to 0 at the end. Returns the lease or 0.
+    LeaseId AcquireForScrub(OwnerId owner, std::uint64_t *cursor, std::size_t max_bytes,
+                            std::vector<ScrubBlock> *blocks);
     // Ends leases whose time has come; returns how many.
     std::size_t ExpireLeases();
 
@@ -213,13 +320,37 @@ private:
     struct NamespaceInfo {
         std::size_t block_bytes;
         SizeClass size_class;
+        TenantId tenant;
+        // Its number in slot headers: stays the same from process to process, so that adopting
+        // an arena rewrites no header.
+        std::uint32_t stored_id;
+        EvictionPolicy *policy;  // the tenant's of this class
         std::uint64_t event_sequence = 0;
         std::deque<Event> events{};
     };
     struct ClassState {
-        std::unique_ptr<EvictionPolicy> policy;
-        std::vector<EntryId> owner_of;  // slot -> entry
+        std::vector<EntryId> owner_of;  // slot -> entry, kNoEntry, or kQuarantined
     };
+    struct Tenant {
+        TenantStats stats;
+        std::vector<std::unique_ptr<EvictionPolicy>> policies;  // by class; null until needed
+    };
+    struct QuarantinedSlot {
+        std::uint32_t chunk;
+        SizeClass size_class;  // kNoClass: the chunk as a whole is held
+        SlotId slot;
+    };
+    struct QuarantineOf {
+        SlotWriter writer;
+        std::vector<QuarantinedSlot> slots;
+    };
+    struct Candidate;  // a slot that may hold a block, while recovering
+    using StoredIds = std::unordered_map<std::uint32_t, NamespaceId>;
+
+    static constexpr EntryId kQuarantined = kNoEntry - 1;
+    static constexpr SizeClass kNoClass = UINT32_MAX;
+    static constexpr std::size_t kGhosts = 1 << 16;  // 13 B each
+    static constexpr std::uint64_t kSequenceStep = std::uint64_t{1} << 32;
     struct Lease {
         OwnerId owner;
         std::int64_t expires_ns;
@@ -234,24 +365,36 @@ private:
         return namespaces_[entry.namespace_id].size_class;
     }
     SlotHeader &HeaderOf(const Entry &entry) { return arena_->header(ClassOf(entry), entry.slot); }
-    EvictionPolicy &PolicyOf(const Entry &entry) { return *classes_[ClassOf(entry)].policy; }
+    EvictionPolicy &PolicyOf(const Entry &entry) { return *namespaces_[entry.namespace_id].policy; }
+    Tenant &TenantOf(const Entry &entry) {
+        return tenants_[namespaces_[entry.namespace_id].tenant];
+    }
     Grant GrantOf(const Entry &entry) const;
 
     bool MayLeave(const Entry &entry) const;
-    SlotId AllocateSlot(SizeClass size_class);
-    bool StealChunk(SizeClass size_class);
-    bool EmptyChunk(SizeClass donor, std::uint32_t chunk);
+    SlotId AllocateSlot(const NamespaceInfo &space);
+    bool EvictOne(TenantId tenant, SizeClass size_class);
+    bool EvictForOthers(const NamespaceInfo &space);
+    bool MakeRoomInQuota(const NamespaceInfo &space);
+    std::int64_t OverShare(const Tenant &tenant) const;
+    bool MayTakeFrom(TenantId giver, TenantId taker) const;
+    bool StealChunk(const NamespaceInfo &space);
+    bool EmptyChunk(SizeClass donor, std::uint32_t chunk, TenantId taker);
     void CollectSubtree(EntryId root, std::vector<EntryId> *subtree) const;
 
     BlockHash ParentHash(const Entry &entry) const {
         return entry.parent != kNoEntry ? index_[entry.parent].hash : BlockHash{};
     }
-    void GiveSlot(EntryId id, SlotId slot);
+    std::uint64_t NextSequence();
+    void SealSlot(SlotHeader &header);
+    static void UnsealSlot(SlotHeader &header);
+    void RewriteLineage(EntryId id);
+    void GiveSlot(EntryId id, SlotId slot, const SlotWriter &writer);
     void TakeSlot(EntryId id);
     void EvictFromCpu(EntryId id);
     void AdoptLineage(EntryId id, EntryId parent, std::uint32_t depth);
     ReserveStatus ReserveOne(const Chain &chain, std::size_t i, NamespaceId ns, bool only_from_ssd,
-                             EntryId *parent, EntryId *reserved);
+                             const SlotWriter &writer, EntryId *parent, EntryId *reserved);
     void MakeReady(EntryId id);
     void FinishWrite(EntryId id, std::uint64_t checksum, bool ok);
     void Drop(EntryId id);
@@ -263,7 +406,22 @@ private:
     void EndLease(const Lease &lease);
     std::size_t EndOverdueLeases();
     void Emit(EventKind kind, TierKind tier, const Entry &entry);
+    void Changed();
+    void RememberEvicted(const Entry &entry);
+
+    StoredIds TakeStoredIds(const std::unordered_map<NamespaceId, NamespaceId> &namespace_ids,
+                            bool *is_bare);
+    std::string PackMetadata(const std::string &bytes) const;
+    static bool UnpackMetadata(const std::string &packed, std::vector<std::uint32_t> *ids,
+                               std::string *bytes);
+    void ScanChunk(std::uint32_t chunk, const StoredIds &stored_ids, RecoverResult *result,
+                   std::vector<Candidate> *candidates);
+    void AdoptInOrder(const std::vector<Candidate> &candidates, RecoverResult *result);
+    bool AdoptBlock(const Candidate &candidate, EntryId id, EntryId parent);
+    void OrderAdopted(const std::vector<Candidate> &candidates);
+    void ClaimChunks();
     SsdRecord RecordOf(const Entry &entry) const;
+    bool FitsSsdQuota(const Entry &entry, std::uint32_t stored_bytes) const;
 
     mutable std::shared_mutex mutex_;
     mutable std::condition_variable_any became_ready_;
@@ -271,19 +429,33 @@ private:
 
     const std::unique_ptr<Arena> arena_;
     const std::string policy_name_;
+    bool recovering_;
     BlockIndex index_;
+    std::vector<Tenant> tenants_;
+    std::uint64_t cpu_quotas_ = 0;           // sum over tenants
+    std::size_t tenants_without_quota_ = 1;  // of the cpu tier
     std::vector<NamespaceInfo> namespaces_;
     std::vector<ClassState> classes_;
     std::unordered_map<LeaseId, Lease> leases_;
     std::unordered_map<std::uint64_t, Reservation> reservations_;
     std::int64_t next_expiry_ns_ = kNever;
-    std::uint64_t next_id_ = 1;        // of owners, leases and reservations
+    std::unordered_map<OwnerId, SlotWriter> writers_;   // of owners that are not this process
+    std::map<std::uint64_t, QuarantineOf> quarantine_;  // by writer id
+    std::uint32_t next_stored_id_ = 0;
+    std::unique_ptr<GhostQueue<std::uint8_t>> ghosts_;  // evicted blocks; null until Why is asked
+    std::uint64_t next_id_ = 1;                         // of owners, leases and reservations
     std::uint64_t next_sequence_ = 2;  // of slots: never repeats, so a stale grant never matches
     std::vector<EntryId> fresh_;       // became ready in this Commit, not yet known to the policy
     std::vector<SsdRecord> garbage_;
     std::size_t events_capacity_ = 0;
     bool muted_ = false;  // within Clear, which is one event
     CoreStats stats_;
+
+    std::atomic<std::uint64_t> change_count_{0};
+    mutable std::atomic<std::uint64_t> change_waiters_{0};
+    mutable std::mutex change_mutex_;
+    mutable std::condition_variable change_;
+    mutable std::mutex metadata_mutex_;  // held while metadata is written, without the lock above
 };
 
 // Nanoseconds of the clock that deadlines are given in.

@@ -23,7 +23,8 @@ void StoreCore::SetSsd(NamespaceId ns, const BlockHash *hashes, const SsdPlace *
         const EntryId id = index_.Find(ns, hashes[i]);
         const bool wanted = id != kNoEntry && index_[id].available() &&
                             index_[id].checksum == places[i].checksum &&
-                            (index_[id].depth <= 1 || index_[index_[id].parent].on_ssd());
+                            (index_[id].depth <= 1 || index_[index_[id].parent].on_ssd()) &&
+                            FitsSsdQuota(index_[id], places[i].stored_bytes);
         if (!wanted) {
             SsdRecord record;
             record.namespace_id = ns;
@@ -33,11 +34,15 @@ void StoreCore::SetSsd(NamespaceId ns, const BlockHash *hashes, const SsdPlace *
             continue;
         }
         Entry &entry = index_[id];
+        TenantStats &of_tenant = TenantOf(entry).stats;
         if (entry.on_ssd()) {
             garbage_.push_back(RecordOf(entry));
+            of_tenant.ssd_used_bytes -= entry.ssd_bytes;
         } else {
             ++stats_.ssd_blocks;
+            ++of_tenant.ssd_blocks;
         }
+        of_tenant.ssd_used_bytes += places[i].stored_bytes;
         entry.ssd_segment = places[i].segment;
         entry.ssd_page = places[i].page;
         entry.ssd_bytes = places[i].stored_bytes;
@@ -46,6 +51,13 @@ void StoreCore::SetSsd(NamespaceId ns, const BlockHash *hashes, const SsdPlace *
         entry.used = false;
         Emit(EventKind::kStored, TierKind::kSsd, entry);
     }
+}
+
+bool StoreCore::FitsSsdQuota(const Entry &entry, std::uint32_t stored_bytes) const {
+    const TenantStats &stats = tenants_[namespaces_[entry.namespace_id].tenant].stats;
+    const std::uint64_t freed = entry.on_ssd() ? entry.ssd_bytes : 0;
+    return stats.ssd_quota_bytes == 0 ||
+           stats.ssd_used_bytes - freed + stored_bytes <= stats.ssd_quota_bytes;
 }
 
 SsdRecord StoreCore::RecordOf(const Entry &entry) const {
@@ -88,6 +100,9 @@ void StoreCore::ForgetSsd(EntryId id) {
     Emit(EventKind::kRemoved, TierKind::kSsd, entry);
     entry.ssd_segment = kNotOnSsd;
     --stats_.ssd_blocks;
+    TenantStats &of_tenant = TenantOf(entry).stats;
+    --of_tenant.ssd_blocks;
+    of_tenant.ssd_used_bytes -= entry.ssd_bytes;
 }
 
 void StoreCore::DropSsd(NamespaceId ns, const BlockHash &hash, std::uint32_t segment,
@@ -108,7 +123,9 @@ void StoreCore::DropSsdCopies(EntryId root) {
         const EntryId id = subtree[i];
         if (!index_[id].on_ssd()) continue;
         ForgetSsd(id);
-        if (index_[id].cpu != CpuState::kReady) Drop(id);
+        if (index_[id].cpu == CpuState::kReady) continue;
+        RememberEvicted(index_[id]);
+        Drop(id);
     }
 }
 
@@ -158,6 +175,9 @@ std::size_t StoreCore::Restore(const SsdRecord *records, std::size_t n) {
         entry.ssd_bytes = record.place.stored_bytes;
         entry.ssd_codec = record.place.codec;
         entry.ssd_checksum = record.place.stored_checksum;
+        TenantStats &of_tenant = TenantOf(entry).stats;
+        ++of_tenant.ssd_blocks;
+        of_tenant.ssd_used_bytes += entry.ssd_bytes;
     }
     for (std::size_t i = 0; i < n; ++i) {
         if (ids[i] == kNoEntry || records[i].depth <= 1) continue;

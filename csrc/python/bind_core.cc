@@ -8,8 +8,11 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <unordered_map>
 
 #include "copy/block_io.h"
+#include "copy/scrub.h"
+#include "copy/verify.h"
 #include "core/index.h"
 #include "core/store_core.h"
 #include "python/bind.h"
@@ -63,6 +66,10 @@ public:
 
 void CheckNamespace(const StoreCore &core, NamespaceId ns) {
     if (ns >= core.num_namespaces()) throw std::out_of_range("namespace_id is not registered");
+}
+
+void CheckTenant(const StoreCore &core, TenantId tenant) {
+    if (tenant >= core.num_tenants()) throw std::out_of_range("tenant is not known");
 }
 
 template <typename T>
@@ -170,16 +177,32 @@ std::vector<SsdPlace> AsPlaces(const std::vector<SsdRecord> &records) {
     return places;
 }
 
+void CheckPolicy(const std::string &policy) {
+    const auto names = EvictionPolicyNames();
+    if (std::find(names.begin(), names.end(), policy) == names.end()) {
+        throw std::invalid_argument("unknown eviction policy: " + policy);
+    }
+}
+
+std::unique_ptr<StoreCore> AdoptCore(int fd, const std::string &policy) {
+    CheckPolicy(policy);
+    std::string error;
+    std::unique_ptr<Arena> arena;
+    {
+        py::gil_scoped_release unlocked;
+        arena = Arena::Adopt(fd, &error);
+    }
+    if (arena == nullptr) throw std::invalid_argument("fd: " + error);
+    return std::make_unique<StoreCore>(std::move(arena), policy);
+}
+
 std::unique_ptr<StoreCore> MakeCore(std::size_t arena_bytes, std::size_t chunk_bytes,
                                     bool huge_pages, const std::string &policy) {
     if (chunk_bytes == 0 || chunk_bytes % kPageBytes != 0 || chunk_bytes > arena_bytes) {
         throw std::invalid_argument(
             "chunk_bytes must be a multiple of 4096 and at most arena_bytes");
     }
-    const auto names = EvictionPolicyNames();
-    if (std::find(names.begin(), names.end(), policy) == names.end()) {
-        throw std::invalid_argument("unknown eviction policy: " + policy);
-    }
+    CheckPolicy(policy);
     py::gil_scoped_release unlocked;
     std::string error;
     auto arena = Arena::Create(arena_bytes, chunk_bytes, huge_pages, &error);
@@ -235,7 +258,9 @@ py::tuple Acquire(StoreCore &core, OwnerId owner, NamespaceId ns,
     std::size_t held;
     {
         py::gil_scoped_release unlocked;
-        held = core.Acquire(owner, ns, hashes.data, hashes.n, expires, use, &lease, grants.data());
+        std::size_t damaged;
+        held = AcquireVerified(core, owner, ns, hashes.data, hashes.n, expires, use, &lease,
+                               grants.data(), &damaged);
     }
     return py::make_tuple(
         lease, Column<std::uint64_t>(grants, held, [](const Grant &g) { return g.payload_offset; }),
@@ -278,13 +303,130 @@ py::tuple Load(StoreCore &core, OwnerId owner, NamespaceId ns,
 
 py::dict StatsDict(const CoreStats &s) {
     using namespace py::literals;
-    return py::dict("blocks"_a = s.blocks, "cpu_blocks"_a = s.cpu_blocks,
-                    "ssd_blocks"_a = s.ssd_blocks, "cpu_used_bytes"_a = s.cpu_used_bytes,
-                    "cpu_capacity_bytes"_a = s.cpu_capacity_bytes, "index_bytes"_a = s.index_bytes,
-                    "leases"_a = s.leases, "reservations"_a = s.reservations,
-                    "committed"_a = s.committed, "evicted"_a = s.evicted,
-                    "refused_no_space"_a = s.refused_no_space,
-                    "refused_orphan"_a = s.refused_orphan, "leases_expired"_a = s.leases_expired);
+    return py::dict(
+        "blocks"_a = s.blocks, "cpu_blocks"_a = s.cpu_blocks, "ssd_blocks"_a = s.ssd_blocks,
+        "cpu_used_bytes"_a = s.cpu_used_bytes, "cpu_capacity_bytes"_a = s.cpu_capacity_bytes,
+        "index_bytes"_a = s.index_bytes, "leases"_a = s.leases, "reservations"_a = s.reservations,
+        "committed"_a = s.committed, "evicted"_a = s.evicted,
+        "refused_no_space"_a = s.refused_no_space, "refused_orphan"_a = s.refused_orphan,
+        "leases_expired"_a = s.leases_expired, "quarantined"_a = s.quarantined,
+        "unverified"_a = s.unverified, "damaged"_a = s.damaged);
+}
+
+py::dict TenantDict(const TenantStats &s) {
+    using namespace py::literals;
+    return py::dict("cpu_quota_bytes"_a = s.cpu_quota_bytes,
+                    "ssd_quota_bytes"_a = s.ssd_quota_bytes, "cpu_used_bytes"_a = s.cpu_used_bytes,
+                    "cpu_blocks"_a = s.cpu_blocks, "ssd_blocks"_a = s.ssd_blocks,
+                    "ssd_used_bytes"_a = s.ssd_used_bytes, "evicted"_a = s.evicted,
+                    "refused_no_space"_a = s.refused_no_space);
+}
+
+py::dict Recover(StoreCore &core, const std::unordered_map<NamespaceId, NamespaceId> &ids) {
+    using namespace py::literals;
+    if (!core.is_recovering()) throw std::invalid_argument("this store adopted no arena, or has");
+    std::vector<NamespaceId> now;
+    for (const auto &[before, number] : ids) {
+        CheckNamespace(core, number);
+        now.push_back(number);
+    }
+    std::sort(now.begin(), now.end());
+    if (std::adjacent_find(now.begin(), now.end()) != now.end()) {
+        throw std::invalid_argument("namespace_ids: two numbers become the same");
+    }
+    RecoverResult result;
+    {
+        py::gil_scoped_release unlocked;
+        result = core.Recover(ids);
+    }
+    return py::dict("adopted"_a = result.adopted, "discarded"_a = result.discarded,
+                    "quarantined"_a = result.quarantined, "bytes"_a = result.bytes);
+}
+
+// What survives the process, and tenants, apart from the rest for length.
+void BindAdoption(py::class_<StoreCore> &core) {
+    using namespace py::literals;
+    core.def_static("adopt", &AdoptCore, "fd"_a, "policy"_a)
+        .def_property_readonly("arena_id",
+                               [](StoreCore &self) {
+                                   const auto &id = self.arena().id();
+                                   return py::bytes(reinterpret_cast<const char *>(id.data()),
+                                                    id.size());
+                               })
+        .def("metadata", [](const StoreCore &self) { return py::bytes(self.Metadata()); })
+        .def(
+            "set_metadata",
+            [](StoreCore &self, const py::bytes &data) {
+                const std::string bytes = data;
+                std::string error;
+                py::gil_scoped_release unlocked;
+                if (!self.SetMetadata(bytes, &error)) throw std::invalid_argument(error);
+            },
+            "data"_a)
+        .def("recover", &Recover, "namespace_ids"_a)
+        .def(
+            "recovered_not_on_ssd",
+            [](const StoreCore &self, NamespaceId ns) {
+                CheckNamespace(self, ns);
+                std::vector<BlockHash> hashes;
+                {
+                    py::gil_scoped_release unlocked;
+                    hashes = self.ReadyNotOnSsd(ns);
+                }
+                return AsBytes(hashes);
+            },
+            "namespace_id"_a)
+        .def("quarantine",
+             [](const StoreCore &self) {
+                 py::list rows;
+                 for (const Quarantined &held : self.Quarantine()) {
+                     rows.append(py::make_tuple(held.writer.id, held.writer.pid,
+                                                held.writer.pid_start, held.num_slots));
+                 }
+                 return rows;
+             })
+        .def("release_quarantine", &StoreCore::ReleaseQuarantine, "writer_id"_a,
+             py::call_guard<py::gil_scoped_release>())
+        .def(
+            "add_tenant",
+            [](StoreCore &self, std::uint64_t cpu_quota, std::uint64_t ssd_quota) {
+                return self.AddTenant(cpu_quota, ssd_quota);
+            },
+            "cpu_quota_bytes"_a, "ssd_quota_bytes"_a)
+        .def(
+            "tenant_stats",
+            [](const StoreCore &self, TenantId tenant) {
+                CheckTenant(self, tenant);
+                return TenantDict(self.StatsOf(tenant));
+            },
+            "tenant"_a)
+        .def(
+            "scrub",
+            [](StoreCore &self, std::uint64_t cursor, std::size_t max_bytes) {
+                ScrubResult result;
+                {
+                    py::gil_scoped_release unlocked;
+                    result = Scrub(self, cursor, max_bytes);
+                }
+                return py::make_tuple(result.cursor, result.bytes, result.num_damaged);
+            },
+            "cursor"_a, "max_bytes"_a)
+        .def(
+            "why",
+            [](StoreCore &self, NamespaceId ns, const py::bytes &hash) {
+                CheckNamespace(self, ns);
+                return static_cast<int>(self.Why(ns, *AsHash(hash, "hash")));
+            },
+            "namespace_id"_a, "hash"_a)
+        .def_property_readonly("change_count", &StoreCore::ChangeCount)
+        .def(
+            "wait_for_change",
+            [](const StoreCore &self, std::uint64_t seen, double timeout_seconds) {
+                const std::int64_t deadline = DeadlineNs(timeout_seconds);
+                py::gil_scoped_release unlocked;
+                return self.WaitForChange(seen, deadline);
+            },
+            "seen"_a, "timeout_seconds"_a);
 }
 
 // The methods of the ssd tier's side, apart from the rest for length.
@@ -438,16 +580,17 @@ void BindCore(py::module_ &m) {
     core.def(py::init(&MakeCore), "arena_bytes"_a, "chunk_bytes"_a, "huge_pages"_a, "policy"_a)
         .def(
             "add_namespace",
-            [](StoreCore &self, std::size_t block_bytes) {
+            [](StoreCore &self, std::size_t block_bytes, TenantId tenant) {
                 if (block_bytes == 0) throw std::invalid_argument("block_bytes must be positive");
+                CheckTenant(self, tenant);
                 NamespaceId ns;
-                if (!self.AddNamespace(block_bytes, &ns)) {
+                if (!self.AddNamespace(block_bytes, &ns, tenant)) {
                     throw std::invalid_argument("a block of " + std::to_string(block_bytes) +
                                                 " bytes does not fit in a chunk of the arena");
                 }
                 return ns;
             },
-            "block_bytes"_a)
+            "block_bytes"_a, "tenant"_a = 0)
         .def(
             "block_bytes",
             [](const StoreCore &self, NamespaceId ns) {
@@ -455,7 +598,13 @@ void BindCore(py::module_ &m) {
                 return self.block_bytes(ns);
             },
             "namespace_id"_a)
-        .def("new_owner", &StoreCore::NewOwner)
+        .def(
+            "new_owner",
+            [](StoreCore &self, std::uint64_t writer_id, std::uint32_t pid,
+               std::uint64_t pid_start) {
+                return self.NewOwner({.id = writer_id, .pid_start = pid_start, .pid = pid});
+            },
+            "writer_id"_a = 0, "pid"_a = 0, "pid_start"_a = 0)
         .def("release_owner", &StoreCore::ReleaseOwner, "owner"_a,
              py::call_guard<py::gil_scoped_release>())
         .def(
@@ -554,6 +703,7 @@ void BindCore(py::module_ &m) {
                                              self);  // the view keeps the arena mapped
         });
     BindSsdSide(core);
+    BindAdoption(core);
 }
 
 }  // namespace kvstore

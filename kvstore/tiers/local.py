@@ -135,6 +135,7 @@ class Tiers:
             ("kvstore_leases", "leases"),
         ):
             values[name] = core[key]
+        values["kvstore_integrity_failures_total"] += core["damaged"]
         if self.ssd is not None:
             values.update(self.ssd.gauges())
             values["kvstore_integrity_failures_total"] += self.ssd.checksum_failures
