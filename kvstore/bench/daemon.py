@@ -164,7 +164,7 @@ class _Wire:
         return lease
 
     def release(self, lease: int) -> None:
-        self.connection.release([lease], TIMEOUT_SECONDS)
+        self.connection.release(np.array([lease], np.uint64), TIMEOUT_SECONDS)
 
     def all_three(self, chain: BlockHashes) -> Callable[[int], None]:
         def ask(_: int) -> None:

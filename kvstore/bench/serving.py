@@ -62,8 +62,7 @@ class PrivateDaemon:
         self.path = directory / "kvstore.sock"
         self.address = f"unix:{self.path}"
         self._log = directory / "daemon.log"
-        self._generation = 0
-        self._directory = directory
+        self._state = directory / "state"
         # What is held must not outlive a caller that was killed for long.
         self._settings = {"http": "", "hold_seconds": "20", **settings}
         self._process: subprocess.Popen[bytes] | None = None
@@ -80,8 +79,7 @@ class PrivateDaemon:
             KVStoreError: it ended, or did not serve in time.
         """
         assert self._process is None
-        state = self._directory / f"state-{self._generation}"
-        settings = {"listen": self.address, "state": str(state), **self._settings}
+        settings = {"listen": self.address, "state": str(self._state), **self._settings}
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
         begin = time.monotonic()
         with self._log.open("ab") as log:
@@ -107,7 +105,7 @@ class PrivateDaemon:
             self._process = None
 
     def stop(self) -> None:
-        """End it in an orderly way; the next `start` finds no memory, only the ssd directory."""
+        """End it in an orderly way, which frees its memory: a next one has the ssd directory."""
         if self._process is not None:
             self._process.terminate()
             try:
@@ -116,7 +114,6 @@ class PrivateDaemon:
                 self._process.kill()
                 self._process.wait()
             self._process = None
-        self._generation += 1
 
     def __enter__(self) -> PrivateDaemon:
         return self
