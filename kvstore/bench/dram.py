@@ -70,12 +70,17 @@ class Walk:
         self.plain_at = (arena + np.uint64(self.plain.ctypes.data)).reshape(-1, self.batch)
 
     def prepare(self, rounds: int) -> None:
-        """Make the chains of all rounds, and fill the arena with those before the first."""
+        """Make the chains of all rounds, and fill the arena with those before the first.
+
+        All of it is loaded once too: a daemon's client reads through a mapping of its own.
+        """
         for _ in range(self.arena_steps + rounds):
             hashes = self.random.integers(0, 256, (self.batch, 32), np.uint8)
             self.chains.append(BlockHashes.chain(hashes))
         for step in range(self.arena_steps):
             self._put(step)
+        for step in range(self.arena_steps):
+            self._load(step)
 
     def _put(self, step: int) -> None:
         done = self.store.put(
@@ -88,7 +93,9 @@ class Walk:
 
     def load(self, number: int) -> None:
         """Load what was put a quarter of an arena ago: out of every cache, not yet evicted."""
-        step = number + self.arena_steps * 3 // 4
+        self._load(number + self.arena_steps * 3 // 4)
+
+    def _load(self, step: int) -> None:
         done = self.store.load(
             self.chains[step], self.to_engine, self.ids[step % self.engine_steps]
         )

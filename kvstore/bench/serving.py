@@ -191,7 +191,10 @@ class RunningDaemon:
                     f"{self.address} was not served again within {START_SECONDS_MAX:g} s"
                 )
             time.sleep(POLL_SECONDS)
-        return time.monotonic() - begin
+        seconds = time.monotonic() - begin
+        if process.poll() is None:
+            process.returncode = 0  # it goes on without us, so nobody waits for it
+        return seconds
 
 
 def _parts(path: Path) -> list[bytes]:

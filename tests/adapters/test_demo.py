@@ -88,6 +88,7 @@ def blocks_of(address: str) -> int:
         return int(store.stats()["kvstore_cpu_blocks"])
 
 
+@pytest.mark.slow
 def test_a_daemon_of_somebody_else_is_used_and_left_as_it_was(tmp_path: Path) -> None:
     with PrivateDaemon(tmp_path, cpu="64MiB") as daemon:
         daemon.start()
