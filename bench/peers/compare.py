@@ -200,6 +200,9 @@ def compare(
             for name in names:
                 if name in pythons:
                     runners.append(Runner.start(name, pythons[name], Path(work) / name))
+            for runner in runners:
+                if runner.name == kind.ours and runner.absent:
+                    raise PeerError(f"{runner.name}: {runner.absent}")
             for number in range(rounds):
                 for size, batch in kind.workloads:
                     _one_turn(kind, runners[:: 1 if number % 2 == 0 else -1], size, batch)
@@ -328,7 +331,11 @@ def main() -> int:
     except FileNotFoundError as error:
         parser.error(str(error))
     adopt_descendants()
-    figures = compare(kind, names, pythons, options.rounds)
+    try:
+        figures = compare(kind, names, pythons, options.rounds)
+    except PeerError as error:
+        print(f"compare: {error}", file=sys.stderr)
+        return 1
     Report(figures).show(as_json=options.json, as_markdown=options.markdown)
     return 0
 

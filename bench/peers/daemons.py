@@ -53,7 +53,8 @@ class KVStoreDaemon(Peer):
         path = work / "kvstore.sock"
         self.address = f"unix:{path}"
         command = [sys.executable, "-m", "kvstore", "serve", "--listen", self.address]
-        command += ["--cpu", str(STORE_BYTES), "--http", "", "--threads", "1", "--state", str(work)]
+        command += ["--cpu", str(STORE_BYTES), "--http", "", "--threads", "1"]
+        command += ["--state", str(work / "state")]
         if self.over_tcp:
             endpoint = f"{LOOPBACK}:{free_port()}"
             command += ["--tcp", endpoint]
@@ -332,8 +333,8 @@ class LMCacheDaemon(Peer):
 
 
 class LMCacheTcp(Peer):
-    """LMCache's remote server (`lm://`). It acknowledges no put; one ends here with a question on the
-    same connection, so that it is timed until the server has the bytes, as all others are.
+    """LMCache's remote server (`lm://`). It acknowledges no put; one ends here with a question on
+    the same connection, so that it is timed until the server has the bytes, as all others are.
     """
 
     def __init__(self, work: Path, source: Bytes, target: Bytes) -> None:
