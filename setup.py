@@ -9,7 +9,7 @@ from setuptools import setup
 SANITIZE = os.environ.get("KVSTORE_SANITIZE", "")  # e.g. "address,undefined" or "thread"
 SOURCES = sorted(
     str(path)
-    for part in ("core", "copy", "io", "python")
+    for part in ("core", "copy", "io", "net", "python")
     for path in Path("csrc", part).glob("*.cc")
 )
 

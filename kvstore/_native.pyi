@@ -341,3 +341,218 @@ class StoreCore:
     def arena_bytes(self) -> int: ...
     @property
     def arena(self) -> npt.NDArray[np.uint8]: ...
+
+# --- net: the daemon's server and its clients' connections (docs/design/0003-daemon.md)
+LATENCY_BOUNDS: list[float]
+
+class RemoteError(Exception):
+    """A reply with a status; the connection goes on."""
+
+    def __init__(self, status: int, message: str) -> None: ...
+    @property
+    def status(self) -> int: ...
+    @property
+    def message(self) -> str: ...
+
+class ProtocolError(Exception):
+    """Bytes that are no frame of ours; the connection is closed."""
+
+@final
+class Task:
+    """A request that Python answers with `NativeServer.reply`, or a notice, which has id 0.
+
+    kind: the operation (HELLO 32, AUTH 33, CALL 34, ACQUIRE 4, COMMIT 7, WRITE 11, QUIESCED 14), or
+    200 a chain was stored, 201 a chain is to be prefetched, 202 a chain was used (in all three the
+    body is the chain), 203 the client is gone: what it held is released already.
+
+    Of COMMIT and WRITE (ack > 0) the body is as in a COMMIT with reservation 0: what was reserved
+    is checked, committed and counted already; the answer is the level (u64), and nothing more for
+    WRITE either. Of ACQUIRE nothing is counted yet.
+    """
+
+    @property
+    def id(self) -> int: ...
+    @property
+    def kind(self) -> int: ...
+    @property
+    def connection(self) -> int: ...
+    @property
+    def client(self) -> int:
+        """0 before it is admitted."""
+    @property
+    def owner(self) -> int: ...
+    @property
+    def namespace_id(self) -> int:
+        """-1: none."""
+    @property
+    def body(self) -> bytes: ...
+    @property
+    def age_seconds(self) -> float: ...
+    @property
+    def peer_uid(self) -> int:
+        """-1 over TCP."""
+    @property
+    def peer_pid(self) -> int: ...
+    @property
+    def is_local(self) -> bool: ...
+
+@final
+class NativeServer:
+    """Answers the hot requests on threads of its own; the rest are tasks. Thread-safe.
+
+    The owner given to `add_client` becomes the server's: it releases it when the client's last
+    connection has closed, so nobody else may.
+    """
+
+    def __init__(
+        self,
+        core: StoreCore,
+        threads: int = 2,
+        connections_max: int = 1024,
+        tasks_max: int = 4096,
+    ) -> None: ...
+    def listen(self, fd: int, is_local: bool) -> None: ...
+    def next_task(self, timeout: float) -> Task | None: ...
+    def add_client(
+        self,
+        connection: int,
+        client: int,
+        owner: int,
+        namespace_id: int,
+        *,
+        may_map: bool,
+        may_map_writable: bool,
+        notices: bool,
+        notice_used: bool,
+        label: str,
+        block_tokens: int = 0,
+    ) -> bool:
+        """Admit a connection as a new client, before the reply to its greeting.
+
+        `client` must not be 0; namespace_id < 0: none, only CALL and PING work. `notices`: there is
+        an ssd tier. False when the connection is gone: the owner is the caller's to release then.
+        """
+    def join_client(self, connection: int, client: int) -> bool: ...
+    def reply(self, task_id: int, body: bytes, status: int = 0) -> bool: ...
+    def hang_up(self, connection: int) -> None:
+        """Close it once the answers given so far are sent."""
+    def clients(self) -> list[dict[str, Any]]: ...
+    def stats(self) -> dict[str, int]: ...
+    def latencies(self) -> dict[str, tuple[list[int], float]]: ...
+    def hot_prefixes(self) -> list[tuple[int, bytes, int, int]]: ...
+    def drain(self, timeout: float) -> bool: ...
+    def stop(self) -> None: ...
+
+@final
+class Connection:
+    """A client's connection; one call at a time, `close` at any time.
+
+    Raises:
+        TimeoutError: the deadline of the whole call; the connection is closed.
+        ConnectionError: the peer is gone, or this side is closed.
+        RemoteError: the peer refused; the connection goes on.
+        ProtocolError: what came is no reply of ours; the connection is closed.
+        RuntimeError: another thread is in a call.
+    """
+
+    def __init__(self, address: str, timeout: float) -> None: ...
+    def call(self, op: int, body: Buffer, timeout: float) -> bytes: ...
+    def map(self, writable: bool, timeout: float) -> tuple[int, int]:
+        """A descriptor of the arena, the caller's to close, and the arena's bytes."""
+    def match(
+        self, hashes: npt.NDArray[np.uint8], start: int, parent: bytes | None, timeout: float
+    ) -> int: ...
+    def lookup(
+        self,
+        flags: int,
+        hashes: npt.NDArray[np.uint8],
+        start: int,
+        parent: bytes | None,
+        timeout: float,
+    ) -> tuple[int, int]: ...
+    def residency(
+        self, hashes: npt.NDArray[np.uint8], start: int, parent: bytes | None, timeout: float
+    ) -> npt.NDArray[np.uint8]: ...
+    def acquire(
+        self,
+        ttl: float,
+        wait: float,
+        flags: int,
+        hashes: npt.NDArray[np.uint8],
+        start: int,
+        parent: bytes | None,
+        timeout: float,
+    ) -> tuple[
+        int,
+        npt.NDArray[np.uint64],
+        npt.NDArray[np.uint64],
+        npt.NDArray[np.uint64],
+        npt.NDArray[np.uint64],
+    ]:
+        """Lease, payload offsets, header offsets, sequences, checksums. ttl < 0: no end."""
+    def release(self, leases: npt.NDArray[np.uint64], timeout: float) -> npt.NDArray[np.bool_]: ...
+    def reserve(
+        self,
+        wait: float,
+        hashes: npt.NDArray[np.uint8],
+        start: int,
+        parent: bytes | None,
+        timeout: float,
+    ) -> tuple[int, npt.NDArray[np.uint64], npt.NDArray[np.uint8]]:
+        """Reservation, payload offsets (0 where not reserved), statuses."""
+    def commit(
+        self,
+        reservation: int,
+        ack: int,
+        checksums: npt.NDArray[np.uint64],
+        hashes: npt.NDArray[np.uint8],
+        start: int,
+        parent: bytes | None,
+        timeout: float,
+    ) -> int: ...
+    def abort(self, reservation: int, timeout: float) -> None: ...
+    def wait_for(
+        self,
+        wait: float,
+        want: int,
+        hashes: npt.NDArray[np.uint8],
+        start: int,
+        parent: bytes | None,
+        timeout: float,
+    ) -> int: ...
+    def ping(self, data: bytes, timeout: float) -> bytes: ...
+    def read(
+        self,
+        lease: int,
+        first: int,
+        addresses: npt.NDArray[np.uint64],
+        block_bytes: int,
+        timeout: float,
+    ) -> None: ...
+    def write(
+        self,
+        reservation: int,
+        ack: int,
+        checksums: npt.NDArray[np.uint64],
+        hashes: npt.NDArray[np.uint8],
+        start: int,
+        parent: bytes | None,
+        addresses: npt.NDArray[np.uint64],
+        block_bytes: int,
+        timeout: float,
+    ) -> tuple[int, npt.NDArray[np.bool_]]:
+        """The level reached, and which blocks' checksums matched at the other end."""
+    def fileno(self) -> int:
+        """-1 once closed."""
+    def close(self) -> None: ...
+
+class EchoServer:
+    """Echoes on a listening socket, one connection after the other: a bench's yardstick."""
+
+    def __init__(self, fd: int) -> None: ...
+    def stop(self) -> None: ...
+
+def echo_round_trips(
+    address: str, request_bytes: int, reply_bytes: int, count: int
+) -> npt.NDArray[np.float64]:
+    """Seconds of each of `count` blocking round trips to an EchoServer."""

@@ -11,5 +11,6 @@ void BindCopy(pybind11::module_ &m);
 void BindQuant(pybind11::module_ &m);
 void BindIo(pybind11::module_ &m);
 void BindPolicy(pybind11::module_ &m);
+void BindNet(pybind11::module_ &m);
 
 }  // namespace kvstore

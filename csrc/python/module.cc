@@ -9,4 +9,5 @@ PYBIND11_MODULE(_native, m) {
     kvstore::BindIo(m);
     kvstore::BindPolicy(m);
     kvstore::BindCore(m);
+    kvstore::BindNet(m);
 }

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 
 import kvstore
-from kvstore import wire
+from kvstore import wire1 as wire
 
 SPEC = kvstore.BlockSpec(1, 1, 64, 16, "float32")
 SLOTS = 16

@@ -1,0 +1,1 @@
+"""What an operator types: status, top, inspect, verify, doctor. One module a command."""
