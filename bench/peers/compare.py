@@ -162,6 +162,9 @@ class Runner:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        # LMCache's client leaves the tensors that it shared behind.
+        for shared in Path("/dev/shm").glob(f"lmcache_kv_{self.process.pid}_*"):
+            shared.unlink()
 
 
 def _python_path() -> str:

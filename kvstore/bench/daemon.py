@@ -127,7 +127,9 @@ class _Prefixes:
             np.random.default_rng().integers(0, 256, (num_blocks, HASH_BYTES), np.uint8)
         )
         blocks = kvstore.ContiguousBlocks(np.zeros((num_blocks, SMALL.block_bytes), np.uint8))
-        assert store.put(self.chain, blocks).wait().num_stored == num_blocks
+        stored = store.put(self.chain, blocks).wait().num_stored
+        if stored != num_blocks:
+            raise ConfigError(f"connect: the daemon has room for {stored} of {num_blocks} blocks")
         self.store = store
 
     def by_store(self, num_blocks: int) -> Callable[[int], None]:
