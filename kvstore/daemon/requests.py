@@ -78,8 +78,8 @@ class Administered(Protocol):
     def namespaces(self) -> list[dict[str, Any]]: ...
     def inspect(self, namespace: int, hashes: bytes) -> dict[str, Any]: ...
     def verify(self, seconds: float) -> dict[str, Any]: ...
-    def restart(self) -> dict[str, Any]: ...
-    def shutdown(self, keep: bool) -> dict[str, Any]: ...
+    def restart(self, asked_by: int) -> dict[str, Any]: ...
+    def shutdown(self, keep: bool, asked_by: int) -> dict[str, Any]: ...
 
 
 def bounded(seconds: float) -> float:
@@ -227,7 +227,7 @@ class Requests:
         if isinstance(request, wire.ADMIN_CALLS):
             if not client.identity.may_administer:
                 raise PeerUnavailableError("only the daemon's own user may administer it")
-            return wire.encode(self._administer(request))
+            return wire.encode(self._administer(request, client.number))
         if isinstance(request, wire.Stats):
             return wire.encode(self._stats())
         control = _control_of(client)
@@ -251,7 +251,7 @@ class Requests:
                 return control.packed_events()
         raise IncompatibleError(f"no such call: {type(request).__name__}")
 
-    def _administer(self, request: wire.Call) -> Any:
+    def _administer(self, request: wire.Call, asked_by: int) -> Any:
         daemon = self._administered
         if daemon is None:
             raise IncompatibleError("this is a store that a process shares, no daemon")
@@ -265,9 +265,9 @@ class Requests:
             case wire.AdminVerify(seconds=seconds):
                 return daemon.verify(bounded(seconds))
             case wire.AdminRestart():
-                return daemon.restart()
+                return daemon.restart(asked_by)
             case wire.AdminShutdown(keep=keep):
-                return daemon.shutdown(keep)
+                return daemon.shutdown(keep, asked_by)
         raise IncompatibleError(f"no such call: {type(request).__name__}")
 
     def _prefetch(self, task: Task, control: LocalControl, request: wire.Prefetch) -> bytes | None:

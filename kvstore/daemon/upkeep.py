@@ -58,6 +58,13 @@ class Scrubber:
                 self._round_bytes, self._round_began = 0, time.monotonic()
             return checked
 
+    def _end_round(self) -> None:
+        now = time.monotonic()
+        if self._round_bytes:  # an empty arena has no rounds
+            self.rounds += 1
+            tracing.note("scrub", now - self._round_began, bytes=self._round_bytes)
+        self._round_began, self._round_bytes = now, 0
+
     def everything(self, seconds: float) -> tuple[int, int, bool]:
         """Check all there is; return bytes, blocks removed, and whether it got through in time."""
         deadline = time.monotonic() + seconds

@@ -107,13 +107,13 @@ def test_values_of_the_status_are_on_the_page(browse: Browse, server: HttpServer
     assert text["state"] == "serving|"
     for part in ("version 0.2.0", "up 1 d 2 h", "pid 4242", "unix:/run/kvstore/kvstore.sock"):
         assert part in text["about"]
-    for part in ("65.1 %", "2.3 GiB/s", "512 MiB/s", "431/s", "12", "2 reservations", "9001"):
+    for part in ("65.1 %", "2.3 GiB/s", "512 MiB/s", "431/s", "12", "open: 2", "9001"):
         assert part in text["figures"]
     for part in ("9.1 GiB of 16.0 GiB · 56.9 %", "61.0 GiB of 64.0 GiB · 95.3 %", "9318 blocks"):
         assert part in text["tiers"]
     for part in ("hit in cpu|701 k · 56.8 %", "miss: was evicted|31.0 k", "miss: reason not told"):
         assert part in text["asked"]
-    assert "00d41f0c00d41f0c…|1|512|9000" in text["hot"]
+    assert "00d41f0c00d41f0c…|1: Qwen/Qwen3-8B|512|9000" in text["hot"]
     assert "acquire|100|" in text["requests"]
     assert '(default)|9000|8.0 GiB| · no quota|60.0 GiB| · no quota|a"b\\c|318|' in text["tenants"]
     assert "1.1 GiB of 4.0 GiB" in text["tenants"]

@@ -6,8 +6,10 @@ in the mapped arena afterwards. Commands run in process, as in test_commands.py.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
+import pty
 import shutil
 import signal
 import subprocess
@@ -183,3 +185,28 @@ def test_what_a_daemon_refuses_is_told_with_its_words(
 ) -> None:
     with Admin(daemon.address) as admin, pytest.raises(ConfigError, match="no number 99"):
         admin.call(wire.AdminInspect(99, b""))
+
+
+@pytest.mark.parametrize("end", ["q", "Ctrl-C"])
+def test_top_on_a_terminal_ends_when_told_to(daemon: Daemon, end: str) -> None:
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "kvstore", "top", "--connect", daemon.address]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120", "LINES": "40"}
+    with subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True
+    ) as process:
+        os.close(theirs)
+        shown = b""
+        while b"q ends" not in shown:
+            shown += os.read(ours, 65536)
+        if end == "q":
+            os.write(ours, b"q")
+        else:
+            process.send_signal(signal.SIGINT)
+        with contextlib.suppress(OSError):  # EIO: the other side is closed
+            while os.read(ours, 65536):
+                pass
+        assert process.wait(WAIT_S) == 0
+    os.close(ours)
+    assert b"hit ratio" in shown
+    assert b"Traceback" not in shown

@@ -546,7 +546,7 @@ def test_quarantine_of_a_size_that_is_gone_holds_its_chunk() -> None:
 
 
 def test_sequences_go_on_where_no_reader_has_been(view: View) -> None:
-    seen = set()
+    seen: set[int] = set()
     fd = view.keep
     for _ in range(4):
         view.core.clear(0)
