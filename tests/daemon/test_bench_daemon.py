@@ -39,7 +39,7 @@ def test_a_quick_run_gives_every_figure() -> None:
 
 
 def test_a_daemon_that_runs_is_measured_and_left_as_it_was(tmp_path: Path) -> None:
-    with PrivateDaemon(tmp_path, cpu="64MiB") as running:
+    with PrivateDaemon(tmp_path, cpu="72MiB") as running:
         running.start()
         figures = command.run_daemon(
             ["daemon_batch_rtt_us", "daemon_lookup_8192_ms", "tcp_load_16x1MiB"],
@@ -47,7 +47,7 @@ def test_a_daemon_that_runs_is_measured_and_left_as_it_was(tmp_path: Path) -> No
             quick=True,
         )
         assert blocks_of(running.address) == 0
-        with pytest.raises(ConfigError, match="connect: the daemon has 64 MiB"):
+        with pytest.raises(ConfigError, match="connect: the daemon has 72 MiB"):
             command.run_daemon(["shm_load_16x1MiB"], running.address, quick=True)
     absent = {figure.name for figure in figures if figure.unit == ABSENT}
     assert absent == {"tcp_load_16x1MiB"}
