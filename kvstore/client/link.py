@@ -114,7 +114,7 @@ class Link:
         session = self.session
         if session is None:
             self.require_open()
-            raise PeerUnavailableError(f"{self._target.address} is away: {self._why}")
+            raise PeerUnavailableError(f"the daemon is away: {self._why}")
         return session
 
     def require_open(self) -> None:
