@@ -29,16 +29,9 @@ class Connection(Protocol):
     def close(self) -> None: ...
 
 
-_RemoteError: Any = getattr(_native, "RemoteError", ())
-_ProtocolError: Any = getattr(_native, "ProtocolError", ())
-
-
 def dial(address: str, timeout: float) -> Connection:
     """Connect. Raises ConnectionError or TimeoutError."""
-    connect: Callable[[str, float], Connection] | None = getattr(_native, "Connection", None)
-    if connect is None:
-        raise ConnectionError("this build has no network part")
-    return connect(address, timeout)
+    return _native.Connection(address, timeout)
 
 
 class Admin:
@@ -56,7 +49,7 @@ class Admin:
         self.address = address
         self._timeout = timeout
         self._connection: Connection | None = None
-        self._connection = self._guarded(lambda: dial(address, timeout))
+        self._connection = self._guarded(timeout, lambda: dial(address, timeout))
         try:
             self.welcome = self._greet(secret)
         except BaseException:
@@ -106,31 +99,29 @@ class Admin:
         connection = self._connection
         if connection is None:
             raise PeerUnavailableError(f"{self.address}: the connection is closed")
-        return bytes(self._guarded(lambda: connection.call(int(op), body, timeout)))
+        return bytes(self._guarded(timeout, lambda: connection.call(int(op), body, timeout)))
 
-    def _guarded(self, step: Callable[[], Any]) -> Any:
+    def _guarded(self, timeout: float, step: Callable[[], Any]) -> Any:
         try:
             return step()
         except TimeoutError as error:
             raise DeadlineExceededError(
-                f"{self.address}: no answer in {self._timeout:g} s; is the daemon stopped?"
+                f"{self.address}: no answer in {timeout:g} s; is the daemon stopped?"
             ) from error
         except ConnectionError as error:
             raise PeerUnavailableError(
                 f"{self.address}: no daemon answers there ({error}); start it with `kvstore serve`"
             ) from error
-        except _RemoteError as error:
+        except _native.RemoteError as error:
             raise _refusal(self.address, error) from error
-        except _ProtocolError as error:
+        except _native.ProtocolError as error:
             raise IncompatibleError(
                 f"{self.address}: what answers there is no kvstore daemon of this version: {error}"
             ) from error
 
 
-def _refusal(address: str, error: Any) -> KVStoreError:
+def _refusal(address: str, error: _native.RemoteError) -> KVStoreError:
     """The library's error for a reply with a status."""
-    status = int(getattr(error, "status", 0))
-    name = wire.ERRORS[status - 1] if 0 < status <= len(wire.ERRORS) else ""
-    message = str(getattr(error, "message", error))
+    name = wire.ERRORS[error.status - 1] if 0 < error.status <= len(wire.ERRORS) else ""
     kind = getattr(errors, name, KVStoreError)
-    return cast(KVStoreError, kind(f"{address}: {message}"))
+    return cast(KVStoreError, kind(f"{address}: {error.message}"))

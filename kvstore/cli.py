@@ -20,8 +20,8 @@ from kvstore.errors import ConfigError, KVStoreError
 ENTRY_POINTS = "kvstore.commands"
 BUILT_IN = {  # name -> "module:function"
     "bench": "kvstore.bench.command:bench",
-    "serve": "kvstore.daemon.command:serve",
-    "restart": "kvstore.daemon.command:restart",
+    "serve": "kvstore.ops.serve:serve",
+    "restart": "kvstore.ops.restart:restart",
     "status": "kvstore.ops.status:status",
     "top": "kvstore.ops.top:top",
     "inspect": "kvstore.ops.inspect:inspect",

@@ -137,6 +137,14 @@ class Lease:
         view.flags.writeable = False
         return view
 
+    def num_intact(self) -> int:
+        """Return how many leading blocks are still those that were pinned.
+
+        What was read through `block` counts as far as this says afterwards. It is fewer than
+        `num_blocks` when the lease had expired, or when the daemon that knew of it died.
+        """
+        return _leading(self._still_there(slice(0, self.num_blocks)))
+
     def _still_there(self, chosen: slice) -> npt.NDArray[np.bool_]:
         words = self._granted.arena.view(np.uint64)
         now = words[self._granted.header_offsets[chosen] >> np.uint64(3)]

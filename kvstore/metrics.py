@@ -26,6 +26,7 @@ MISS_REASONS = (
     "absent",  # never here, or so long ago that it is forgotten
     "evicted",  # was here, and left all tiers
     "pending",  # still being written
+    "ssd",  # on ssd, and the caller did not wait for it
     "deadline",  # on ssd, not read in within the caller's timeout
     "corrupt",  # failed its checksum, and was removed
     "no_space",  # on ssd, and no slot of the cpu tier could be freed for it
@@ -249,10 +250,20 @@ DAEMON_METRICS: tuple[Metric, ...] = (
         "latencies",
     ),
     _daemon("kvstore_protocol_errors_total", "counter", "connections ended for a malformed frame"),
-    _daemon("kvstore_auth_failures_total", "counter", "connections that failed to prove a token"),
-    _daemon("kvstore_received_bytes_total", "counter", "bytes read from clients' sockets"),
-    _daemon("kvstore_sent_bytes_total", "counter", "bytes written to clients' sockets"),
+    _daemon("kvstore_read_bytes_total", "counter", "payload sent through sockets by READ"),
+    _daemon("kvstore_written_bytes_total", "counter", "payload received through sockets by WRITE"),
+    _daemon("kvstore_refused_busy_total", "counter", "requests refused: too many waited already"),
+    _daemon(
+        "kvstore_notices_dropped_total", "counter", "puts and uses that the ssd did not hear of"
+    ),
+    _daemon("kvstore_accepted_connections_total", "counter", "connections taken"),
+    _daemon("kvstore_connections_refused_total", "counter", "connections refused: too many open"),
+    _daemon(
+        "kvstore_timed_out_connections_total", "counter", "connections that stalled within a frame"
+    ),
     _daemon("kvstore_connections", "gauge", "connections open"),
+    _daemon("kvstore_tasks", "gauge", "requests that wait for Python"),
+    _daemon("kvstore_parked_requests", "gauge", "requests that wait for room or for a block"),
     _daemon("kvstore_clients", "gauge", "clients connected"),
     _daemon("kvstore_reservations", "gauge", "reservations open"),
     _daemon("kvstore_quarantined_slots", "gauge", "slots that a writer of before may still touch"),

@@ -68,11 +68,11 @@ class LoggedError(TypedDict):
 
 
 class Scrubbed(TypedDict):
-    """Answer to one AdminVerify: a piece of a round over everything in DRAM."""
+    """Answer to AdminVerify."""
 
     checked_bytes: int
     removed_blocks: int  # damaged
-    whole: bool  # the round is done
+    whole: bool  # everything in DRAM was checked in the time given
 
 
 class Status(TypedDict):

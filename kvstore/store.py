@@ -29,6 +29,7 @@ from kvstore.lease import Lease
 from kvstore.puts import Put, check_ack
 from kvstore.records import records_from
 from kvstore.reservation import Reservation, Writers
+from kvstore.tracing import traced
 from kvstore.transfer import Transfer, TransferResult
 
 Hashes = BlockHashes | Sequence[bytes] | npt.NDArray[np.uint8]
@@ -54,6 +55,10 @@ class BlockInfo:
     codec: str  # "" when not on ssd
     stored_bytes: int  # 0 when not on ssd
     checksum: int  # XXH3-64 of the payload
+
+
+def _load_attributes(result: TransferResult, chain: BlockHashes) -> dict[str, int]:
+    return {"blocks": len(chain), "loaded_blocks": result.num_blocks}
 
 
 class Store:
@@ -194,6 +199,7 @@ class Store:
             return self._submit(lambda: self._load(chain, buffers, ids, timeout))
         return Transfer(self._load(chain, buffers, ids, timeout))
 
+    @traced("load", lambda result, _, chain, *__: _load_attributes(result, chain))
     def _load(
         self,
         chain: BlockHashes,
@@ -256,6 +262,7 @@ class Store:
             return self._submit(lambda: self._put(chain, buffers, ids, ack, wait).wait())
         return self._put(chain, buffers, ids, ack, wait)
 
+    @traced("put", lambda _, __, chain, *___: {"blocks": len(chain)})
     def _put(
         self,
         chain: BlockHashes,

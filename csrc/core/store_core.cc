@@ -167,15 +167,25 @@ bool StoreCore::Release(OwnerId owner, LeaseId lease) {
     return true;
 }
 
-bool StoreCore::LeaseGrants(OwnerId owner, LeaseId lease, std::size_t first, std::size_t n,
-                            Grant *grants) const {
-    ReadLock lock(mutex_);
+LeaseId StoreCore::ShareLease(OwnerId owner, LeaseId lease, std::uint64_t first, std::uint64_t n,
+                              std::vector<Grant> *grants) {
+    WriteLock lock(mutex_);
+    EndOverdueLeases();
     const auto it = leases_.find(lease);
-    if (it == leases_.end() || it->second.owner != owner) return false;
-    const std::vector<EntryId> &blocks = it->second.blocks;
-    if (first > blocks.size() || n > blocks.size() - first) return false;
-    for (std::size_t i = 0; i < n; ++i) grants[i] = GrantOf(index_[blocks[first + i]]);
-    return true;
+    if (it == leases_.end() || it->second.owner != owner) return 0;
+    const std::vector<EntryId> &held = it->second.blocks;
+    if (n == 0 || first > held.size() || n > held.size() - first) return 0;
+    const auto begin = held.begin() + static_cast<std::ptrdiff_t>(first);
+    std::vector<EntryId> blocks(begin, begin + static_cast<std::ptrdiff_t>(n));
+    grants->clear();
+    grants->reserve(blocks.size());
+    for (const EntryId id : blocks) {
+        ++index_[id].leases;
+        grants->push_back(GrantOf(index_[id]));
+    }
+    const LeaseId shared = next_id_++;
+    leases_.emplace(shared, Lease{owner, kNever, std::move(blocks)});
+    return shared;
 }
 
 std::size_t StoreCore::ExpireLeases() {

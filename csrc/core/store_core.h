@@ -251,10 +251,11 @@ public:
     // False when the lease is unknown or another owner's: it had expired, and what was read may be
     // another block's.
     bool Release(OwnerId owner, LeaseId lease);
-    // grants[i] <- block first + i of a lease. False when the lease is unknown or another owner's,
-    // or has fewer blocks.
-    bool LeaseGrants(OwnerId owner, LeaseId lease, std::size_t first, std::size_t n,
-                     Grant *grants) const;
+    // A second lease, without end, on blocks [first, first + n) of a lease, for whoever reads them
+    // for longer than a call. 0 when the lease has ended, is another owner's, or has no such
+    // blocks.
+    LeaseId ShareLease(OwnerId owner, LeaseId lease, std::uint64_t first, std::uint64_t n,
+                       std::vector<Grant> *grants);
     // The bytes of these blocks have their checksums. sequences[i] is that of the slot that was
     // read: another one by now is left alone.
     void MarkVerified(NamespaceId ns, const BlockHash *hashes, const std::uint64_t *sequences,
@@ -275,11 +276,6 @@ public:
     // a bounded number of slots. *cursor moves on, to 0 at the end. Returns the lease or 0.
     LeaseId AcquireForScrub(OwnerId owner, std::uint64_t *cursor, std::size_t max_bytes,
                             std::vector<ScrubBlock> *blocks);
-    // A second lease, without end, on blocks [first, first + n) of a lease, for whoever reads them
-    // for longer than a call. 0 when the lease has ended, is another owner's, or has no such
-    // blocks.
-    LeaseId ShareLease(OwnerId owner, LeaseId lease, std::uint64_t first, std::uint64_t n,
-                       std::vector<Grant> *grants);
     // Ends leases whose time has come; returns how many.
     std::size_t ExpireLeases();
 
@@ -383,6 +379,7 @@ private:
     bool MakeRoomInQuota(const NamespaceInfo &space);
     std::int64_t OverShare(const Tenant &tenant) const;
     bool MayTakeFrom(TenantId giver, TenantId taker) const;
+    bool MayTakeAll(const std::vector<EntryId> &leaving, TenantId taker) const;
     bool StealChunk(const NamespaceInfo &space);
     bool EmptyChunk(SizeClass donor, std::uint32_t chunk, TenantId taker);
     void CollectSubtree(EntryId root, std::vector<EntryId> *subtree) const;

@@ -13,7 +13,7 @@ namespace kvstore {
 namespace {
 
 // What is asked for while nothing is known of the next frame.
-constexpr std::size_t kReceiveBytes = 16 << 10;
+constexpr std::size_t kReceiveBytes = 64 << 10;
 // Memory that a connection keeps between frames: 8,192 hashes fit.
 constexpr std::size_t kKeptBytes = 288 << 10;
 // More than this is not allocated before as much has arrived.

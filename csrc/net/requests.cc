@@ -181,20 +181,27 @@ void Connection::CountAcquire(const Chain &chain, std::size_t held) {
     NetCounters &counters = services_.counters;
     AddTo(counters.queried_blocks, chain.n);
     AddTo(counters.hit_cpu_blocks, held);
+    AddTo(counters.queried_tokens, chain.n * client_->terms.block_tokens);
+    AddTo(counters.hit_cpu_tokens, held * client_->terms.block_tokens);
     AddTo(counters.loaded_bytes, held * client_->terms.block_bytes);
     if (held > 0 && chain.start <= 0) services_.AddUse(ns(), chain.hashes[0], held);
     if (held > 0 && client_->terms.notice_used) Notice(kNoticeUsed, chain, held);
     const std::size_t missed = chain.n - held;
     if (missed == 0) return;
     AddTo(counters.missed_blocks, missed);
-    std::uint8_t residency = 0;
-    core_.Residency(ns(), &chain.hashes[held], 1, &residency);
-    if ((residency & 2) != 0) {
-        AddTo(counters.missed_ssd_blocks, missed);
-    } else if ((residency & 4) != 0) {
-        AddTo(counters.missed_pending_blocks, missed);
-    } else {
-        AddTo(counters.missed_absent_blocks, missed);
+    switch (core_.Why(ns(), chain.hashes[held])) {
+        case MissReason::kAbsent:
+            AddTo(counters.missed_absent_blocks, missed);
+            break;
+        case MissReason::kPending:
+            AddTo(counters.missed_pending_blocks, missed);
+            break;
+        case MissReason::kEvicted:
+            AddTo(counters.missed_evicted_blocks, missed);
+            break;
+        case MissReason::kAvailable:
+            AddTo(counters.missed_ssd_blocks, missed);
+            break;
     }
 }
 

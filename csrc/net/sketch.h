@@ -46,8 +46,8 @@ public:
     std::vector<HotPrefix> Top() const {
         std::vector<HotPrefix> top(places_.begin(),
                                    places_.begin() + static_cast<std::ptrdiff_t>(used_));
-        std::stable_sort(top.begin(), top.end(),
-                         [](const HotPrefix &a, const HotPrefix &b) { return a.uses > b.uses; });
+        std::sort(top.begin(), top.end(),
+                  [](const HotPrefix &a, const HotPrefix &b) { return a.uses > b.uses; });
         return top;
     }
 

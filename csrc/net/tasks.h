@@ -1,8 +1,11 @@
 // Requests that Python answers, and notices to it, in the order in which they came.
 //
+// Bounded in tasks and in bytes of their bodies.
+//
 // Thread safety: one mutex guards the queue; all methods may be called from any thread.
 #pragma once
 
+#include <chrono>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
@@ -37,13 +40,19 @@ struct Task {
 
 class TaskQueue {
 public:
+    static constexpr std::size_t kBytesMax = 256u << 20;
+
     explicit TaskQueue(std::size_t tasks_max) : tasks_max_(tasks_max) {}
 
     // False when the queue is full; `always` is for kinds that are bounded by other means.
     bool Push(std::unique_ptr<Task> task, bool always) {
         {
             std::lock_guard lock(mutex_);
-            if (stopped_ || (!always && tasks_.size() >= tasks_max_)) return false;
+            const std::size_t bytes = task->body.size();
+            const bool full =
+                tasks_.size() >= tasks_max_ || (bytes > 0 && bytes_ + bytes > kBytesMax);
+            if (stopped_ || (full && !always)) return false;
+            bytes_ += bytes;
             tasks_.push_back(std::move(task));
         }
         pushed_.notify_one();
@@ -57,6 +66,7 @@ public:
         if (stopped_ || tasks_.empty()) return nullptr;
         std::unique_ptr<Task> task = std::move(tasks_.front());
         tasks_.pop_front();
+        bytes_ -= task->body.size();
         return task;
     }
     void Stop() {
@@ -76,6 +86,7 @@ private:
     mutable std::mutex mutex_;
     std::condition_variable pushed_;
     std::deque<std::unique_ptr<Task>> tasks_;
+    std::size_t bytes_ = 0;
     bool stopped_ = false;
 };
 

@@ -26,6 +26,12 @@ Samples = Iterator[tuple[tuple[str, ...], float]]
 
 SERVING = "serving"
 
+_ADOPTED = {
+    "kvstore_adopted_blocks": "adopted",
+    "kvstore_discarded_slots": "discarded",
+    "kvstore_adoption_seconds": "seconds",
+}
+
 
 class Served(Protocol):
     """What HTTP needs of the daemon. All of it is thread-safe, and answers without I/O."""
@@ -41,7 +47,7 @@ class Served(Protocol):
         ...
 
     def status(self) -> dict[str, Any]:
-        """Everything known of the daemon; docs/OPERATING.md has the keys."""
+        """Everything known of the daemon, as `kvstore.status.Status` has it."""
         ...
 
     def latencies(self) -> Mapping[str, Latency]:
@@ -53,6 +59,8 @@ def _latency_family(metric: Metric, service: Served) -> Family:
     family = HistogramMetricFamily(metric.name, metric.help, labels=metric.labels)
     names = [*map(floatToGoString, service.latency_bounds), "+Inf"]
     for op, (counts, seconds) in sorted(service.latencies().items()):
+        if not any(counts):  # two dozen series each: only of operations that are used
+            continue
         buckets, below = [], 0
         for name, count in zip(names, counts, strict=True):
             below += count
@@ -88,6 +96,9 @@ def _samples(metric: Metric, status: Mapping[str, Any]) -> Samples:
             if isinstance(status.get(key), (int, float)):
                 values.setdefault(f"kvstore_{key}", status[key])
         values.setdefault("kvstore_clients", len(status.get("clients", ())))
+        for key, name in _ADOPTED.items():
+            if name in (adopted := status.get("adopted") or {}):
+                values.setdefault(key, adopted[name])
         yield from metric.samples(values)
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -77,8 +78,8 @@ class Administered(Protocol):
     def namespaces(self) -> list[dict[str, Any]]: ...
     def inspect(self, namespace: int, hashes: bytes) -> dict[str, Any]: ...
     def verify(self, seconds: float) -> dict[str, Any]: ...
-    def restart(self) -> dict[str, Any]: ...
-    def shutdown(self, keep: bool) -> dict[str, Any]: ...
+    def restart(self, asked_by: int) -> dict[str, Any]: ...
+    def shutdown(self, keep: bool, asked_by: int) -> dict[str, Any]: ...
 
 
 def bounded(seconds: float) -> float:
@@ -140,8 +141,11 @@ class Requests:
         first = self._grant(client, number, request, use=False)
         in_cpu = len(first[1])
         available = hashes[: control.match(hashes)]
+        finish_with = partial(
+            self._finish_acquire, task, client, request, available, first[0], in_cpu
+        )
         if self._tiers.is_stuck or len(available) <= in_cpu:
-            self._finish_acquire(task, client, request, available, first[0], in_cpu)
+            finish_with("unavailable")
             return
         try:
             future = self._tiers.promote(number, available[in_cpu:])
@@ -153,10 +157,7 @@ class Requests:
             if not is_done:
                 future.cancel()
                 self._tiers.counters.add("deadline_exceeded")
-            self.guarded(
-                task,
-                lambda: self._finish_acquire(task, client, request, available, first[0], in_cpu),
-            )
+            self.guarded(task, partial(finish_with, "" if is_done else "deadline"))
 
         self._waiting.add(future, deadline, finish)
 
@@ -168,6 +169,7 @@ class Requests:
         available: BlockHashes,
         first_lease: int,
         in_cpu: int,
+        late: str,
     ) -> None:
         control = _control_of(client)
         wanted = request._replace(hashes=available)
@@ -179,9 +181,7 @@ class Requests:
         lease, columns = granted[0], granted[1:]
         held = len(columns[0])
         if not request.is_pin:
-            hit_cpu = min(in_cpu, held)
-            size = held * control.namespace.spec.block_bytes
-            self._tiers.counters.add_load(len(request.hashes), hit_cpu, held - hit_cpu, size)
+            control.count_load(request.hashes, min(in_cpu, held), held, late)
         body = wire.pack_u64(lease, held) + b"".join(column.tobytes() for column in columns)
         if not self._reply(task, body, 0) and lease:
             # The client may be gone already, and what it held with it: nobody else ends this one.
@@ -227,7 +227,7 @@ class Requests:
         if isinstance(request, wire.ADMIN_CALLS):
             if not client.identity.may_administer:
                 raise PeerUnavailableError("only the daemon's own user may administer it")
-            return wire.encode(self._administer(request))
+            return wire.encode(self._administer(request, client.number))
         if isinstance(request, wire.Stats):
             return wire.encode(self._stats())
         control = _control_of(client)
@@ -251,7 +251,7 @@ class Requests:
                 return control.packed_events()
         raise IncompatibleError(f"no such call: {type(request).__name__}")
 
-    def _administer(self, request: wire.Call) -> Any:
+    def _administer(self, request: wire.Call, asked_by: int) -> Any:
         daemon = self._administered
         if daemon is None:
             raise IncompatibleError("this is a store that a process shares, no daemon")
@@ -265,9 +265,9 @@ class Requests:
             case wire.AdminVerify(seconds=seconds):
                 return daemon.verify(bounded(seconds))
             case wire.AdminRestart():
-                return daemon.restart()
+                return daemon.restart(asked_by)
             case wire.AdminShutdown(keep=keep):
-                return daemon.shutdown(keep)
+                return daemon.shutdown(keep, asked_by)
         raise IncompatibleError(f"no such call: {type(request).__name__}")
 
     def _prefetch(self, task: Task, control: LocalControl, request: wire.Prefetch) -> bytes | None:

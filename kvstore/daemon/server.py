@@ -106,9 +106,9 @@ class Server:
         with self._lock:
             return len(self._clients)
 
-    def clients(self) -> list[Client]:
+    def has_client(self, number: int) -> bool:
         with self._lock:
-            return list(self._clients.values())
+            return number in self._clients
 
     def stats(self) -> dict[str, Any]:
         """Return the metrics of the tiers, what clients did included."""
@@ -327,6 +327,7 @@ class Server:
                 notices=tiers.ssd is not None,
                 notice_used=tiers.wants_used,
                 label=f"{identity.tenant}/{name}" if identity.tenant else name,
+                block_tokens=control.namespace.spec.block_tokens if control else 0,
             ):
                 raise PeerUnavailableError("the connection is gone")
         except BaseException:

@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from kvstore import _native
+from kvstore import _native, tracing
 from kvstore.address import tcp_address
 from kvstore.auth import read_secret
 from kvstore.config import DaemonConfig, parse_bytes
@@ -53,7 +53,8 @@ State = Literal["adopting", "serving", "draining"]
 Ending = Literal["stop", "keep", "restart"]
 
 DRAIN_SECONDS = 5.0
-CLOSE_SECONDS = 60.0
+_DRAIN_SLICE_SECONDS = 0.1
+_ANSWER_SECONDS = 0.5  # for whoever asked us to end to take the answer and leave
 RESTART_HOLD_SECONDS = 60.0  # at least: how long the arena waits for the program to start again
 _BLOCK_BYTES = 64 << 10  # small for a block of a real model: bounds that follow from it are wide
 _CLIENTS_SHOWN_MAX = 1000
@@ -82,6 +83,7 @@ class Service:
         self._started = time.monotonic()
         self._adopted: dict[str, float] | None = None
         self._ending: Ending | None = None  # how this run ends, once that is known
+        self._asked_by = 0  # the client that wants it; it has yet to get its answer
         # What a signal handler may use: no lock, which its own thread might hold.
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._errors = RecentErrors()
@@ -99,6 +101,8 @@ class Service:
 
     def _start(self, adopt: Adoption, environment_token: bytes | None) -> None:
         config, undo = self.config, self._undo
+        if config.trace:
+            undo.callback(tracing.export_to(config.trace).close)
         tenants = tenants_of(config, environment_token, os.geteuid())
         directory, beside = Path(config.state), config.socket_path.parent
         if not beside.exists() or beside == fallback_directory():
@@ -191,6 +195,8 @@ class Service:
         finally:
             os.close(fd)
         self._adopted = {**(tiers.recovered or {}), "seconds": time.monotonic() - began}
+        tracing.note("adopt", **self._adopted)
+        tracing.note("adopt", self._adopted["seconds"], blocks=self._adopted.get("adopted", 0))
         log.info("adopted an arena: %s", self._adopted)
         return tiers
 
@@ -219,6 +225,11 @@ class Service:
             core = self._tiers.core
             generation = f"{core.arena_id.hex()}.{self._made_as()}"
             self._holding.put(core.arena_fd, generation, seconds)
+
+    @property
+    def holder_pid(self) -> int:
+        """The process that keeps the arena; 0 when there is none."""
+        return self._holding.pid
 
     # --- run and stop
 
@@ -262,7 +273,10 @@ class Service:
             return
         self.state = "draining"
         self._ending = self._ending or "stop"
-        if not self._server.drain(DRAIN_SECONDS):
+        deadline = time.monotonic() + _ANSWER_SECONDS
+        while self._server.has_client(self._asked_by) and time.monotonic() < deadline:
+            time.sleep(0.002)
+        if not self._drain(DRAIN_SECONDS):
             log.warning("writes were still under way after %g s", DRAIN_SECONDS)
         if self._ending == "stop":
             self._holding.drop()
@@ -270,6 +284,14 @@ class Service:
             least = RESTART_HOLD_SECONDS if self._ending == "restart" else 0.0
             self._keep_arena(max(self.config.hold_seconds, least))
         self._undo.close()
+
+    def _drain(self, seconds: float) -> bool:
+        """In slices: between them a second signal is heard."""
+        deadline = time.monotonic() + seconds
+        while not self._server.drain(_DRAIN_SLICE_SECONDS):
+            if time.monotonic() >= deadline:
+                return False
+        return True
 
     def __enter__(self) -> Service:
         return self
@@ -279,11 +301,13 @@ class Service:
 
     # --- what administrators ask (kvstore.daemon.requests.Administered)
 
-    def restart(self) -> dict[str, Any]:
+    def restart(self, asked_by: int) -> dict[str, Any]:
+        self._asked_by = asked_by
         self._decide("restart")
         return {"epoch": self.epoch.hex(), "pid": os.getpid()}
 
-    def shutdown(self, keep: bool) -> dict[str, Any]:
+    def shutdown(self, keep: bool, asked_by: int) -> dict[str, Any]:
+        self._asked_by = asked_by
         self._decide("keep" if keep else "stop")
         return {"epoch": self.epoch.hex(), "pid": os.getpid()}
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from kvstore import _native
+from kvstore import _native, tracing
 from kvstore.daemon.processes import is_alive
 from kvstore.metrics import Counters
 
@@ -39,6 +39,7 @@ class Scrubber:
         self._counters = counters
         self._lock = threading.Lock()  # one round at a time; guards all fields
         self._cursor = 0
+        self._round_bytes, self._round_began = 0, time.monotonic()
         self.checked_bytes = 0
         self.removed_blocks = 0
         self.rounds = 0
@@ -49,8 +50,20 @@ class Scrubber:
             checked: int
             self._cursor, checked, removed = self._core.scrub(self._cursor, max_bytes)
             self._note(checked, removed)
-            self.rounds += self._cursor == 0 and checked > 0
+            self._round_bytes += checked
+            if self._cursor == 0 and checked > 0:
+                self.rounds += 1
+                seconds = time.monotonic() - self._round_began
+                tracing.note("scrub", seconds, bytes=self._round_bytes)
+                self._round_bytes, self._round_began = 0, time.monotonic()
             return checked
+
+    def _end_round(self) -> None:
+        now = time.monotonic()
+        if self._round_bytes:  # an empty arena has no rounds
+            self.rounds += 1
+            tracing.note("scrub", now - self._round_began, bytes=self._round_bytes)
+        self._round_began, self._round_bytes = now, 0
 
     def everything(self, seconds: float) -> tuple[int, int, bool]:
         """Check all there is; return bytes, blocks removed, and whether it got through in time."""

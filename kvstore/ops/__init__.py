@@ -1,1 +1,1 @@
-"""What an operator types: status, top, inspect, verify, doctor. One module a command."""
+"""What an operator types: serve, restart, status, top, inspect, verify, doctor; a module each."""

@@ -33,6 +33,7 @@ from kvstore.tiers.ssd_format import PAGE_BYTES
 from kvstore.tiers.ssd_offline import OfflineDirectory
 
 _HASH = re.compile(r"(?:0x)?([0-9a-fA-F]{64})")
+_TIERS = (1, "cpu"), (2, "ssd")  # bits of a residency
 _HASHES_MAX = 1 << 16  # of one question
 
 
@@ -141,19 +142,30 @@ def _print_blocks(
     admin: Admin, namespace: Mapping[str, Any], hashes: list[bytes], as_json: bool
 ) -> None:
     answer = admin.call(wire.AdminInspect(int(namespace["number"]), b"".join(hashes)))
-    found = dict(answer) if isinstance(answer, Mapping) else {"blocks": answer}
+    blocks = joined(hashes, answer if isinstance(answer, Mapping) else {})
     if as_json:
-        print_json({"namespace": namespace, **found})
+        print_json({"namespace": namespace, "blocks": blocks})
         return
     out = console()
     out.print(views.namespaces([namespace]))
-    blocks = _rows(found.pop("blocks", None))
-    if found:
-        out.print()
-        out.print(_generic([found]))
     if blocks:
         out.print()
         out.print(_generic(blocks))
+
+
+def joined(hashes: Sequence[bytes], answer: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row for each hash asked for: where it is, and what else the daemon says of it."""
+    known = {str(row.get("hash")): row for row in _rows(answer.get("blocks"))}
+    places = answer.get("residency")
+    where = places if isinstance(places, list) and len(places) == len(hashes) else [0] * len(hashes)
+    return [
+        {
+            "hash": block_hash.hex(),
+            "tiers": [name for bit, name in _TIERS if int(place) & bit],
+            **known.get(block_hash.hex(), {}),
+        }
+        for block_hash, place in zip(hashes, where, strict=True)
+    ]
 
 
 def _generic(rows: Sequence[Mapping[str, Any]]) -> Table:

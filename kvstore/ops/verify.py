@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,13 +26,14 @@ from rich.progress import (
 from kvstore import wire
 from kvstore.admin import Admin
 from kvstore.config import format_bytes
-from kvstore.errors import ConfigError, IncompatibleError
+from kvstore.errors import ConfigError, IncompatibleError, KVStoreError
 from kvstore.ops import views
 from kvstore.ops.common import (
     PROBLEM,
     ConfigOption,
     ConnectOption,
     JsonOption,
+    Target,
     TimeoutOption,
     TokenOption,
     console,
@@ -38,14 +42,18 @@ from kvstore.ops.common import (
     print_json,
     target,
 )
+from kvstore.status import Scrubbed
 from kvstore.tiers.ssd_offline import OfflineDirectory
-from kvstore.tiers.ssd_verify import SsdReport, verify_directory
+from kvstore.tiers.ssd_report import SsdReport
+from kvstore.tiers.ssd_verify import verify_directory
 
-_STEP_SECONDS = 1.0  # of one question to a daemon, so that progress is seen
+_GRACE_SECONDS = 10.0  # for the answer, once a daemon's time is up
+_LOOK_SECONDS = 0.25
 Advance = Callable[[int, int], None]
 
 
-def verify(
+def verify(  # noqa: PLR0913  (one argument an option)
+    *,
     ssd: Annotated[
         Path | None,
         typer.Option("--ssd", metavar="DIR", help="Check an SSD directory that is not in use."),
@@ -57,14 +65,18 @@ def verify(
     connect: ConnectOption = None,
     config: ConfigOption = None,
     token_file: TokenOption = None,
-    timeout: TimeoutOption = 10.0,
+    seconds: Annotated[
+        float, typer.Option("--seconds", min=0.1, max=3600, help="The most a daemon may take.")
+    ] = 3600.0,
+    timeout: TimeoutOption = 2.0,
     as_json: JsonOption = False,
 ) -> None:
     """Check every checksum: a daemon's blocks in DRAM, or with --ssd all of a directory.
 
     A daemon removes what it finds damaged. With --ssd nothing is changed, and no store may have the
     directory open meanwhile. Blocks that were written just before a power loss, and not as durable,
-    may be damaged: the store treats them as misses. Exit status 1 when damage was found.
+    may be damaged: the store treats them as misses. Exit status 1 when damage was found, or not all
+    could be checked.
 
     Example: kvstore verify --ssd /var/cache/kvstore --json
     """
@@ -74,8 +86,7 @@ def verify(
                 raise ConfigError("ssd: goes not with --connect")
             damaged = _offline(ssd, io, findings, as_json)
         else:
-            with target(connect, config, token_file, timeout).open() as admin:
-                damaged = _daemon(admin, timeout, as_json)
+            damaged = _daemon(target(connect, config, token_file, timeout), seconds, as_json)
     if damaged:
         raise typer.Exit(PROBLEM)
 
@@ -155,45 +166,73 @@ def _print_report(report: SsdReport, found: Mapping[str, Any]) -> None:
 # -- a daemon
 
 
-def _daemon(admin: Admin, timeout: float, as_json: bool) -> bool:
+def _daemon(where: Target, seconds: float, as_json: bool) -> bool:
     began = time.monotonic()
-    checked = removed = 0
-    with _progress(f"checking {admin.address}") as advance:
-        total = _used_bytes(admin)
-        while True:
-            done, bad, whole = _step(admin, timeout)
-            checked += done
-            removed += bad
-            advance(checked, max(total, checked))
-            if whole:
-                break
-    seconds = time.monotonic() - began
+    with (
+        where.open() as asking,
+        where.open() as watching,
+        _progress(f"checking {where.address}") as advance,
+    ):
+        answer = _while_watching(watching, advance, lambda: _scrub(asking, seconds))
     found = {
-        "address": admin.address,
-        "checked_bytes": checked,
-        "removed_blocks": removed,
-        "seconds": round(seconds, 3),
-        "ok": removed == 0,
+        "address": where.address,
+        **answer,
+        "seconds": round(time.monotonic() - began, 3),
+        "ok": answer["whole"] and not answer["removed_blocks"],
     }
     if as_json:
         print_json(found)
-    elif removed:
-        console().print(f"[red]{removed:,} damaged blocks were found and removed[/red]")
     else:
-        console().print(f"[green]no damage found[/green] in {format_bytes(checked)} of DRAM")
-    return removed > 0
+        _print_answer(answer, seconds)
+    return not found["ok"]
 
 
-def _step(admin: Admin, timeout: float) -> tuple[int, int, bool]:
-    """One piece of a round: bytes checked, blocks removed, whether the round is whole."""
-    answer = admin.call(wire.AdminVerify(_STEP_SECONDS), _STEP_SECONDS + timeout)
-    if isinstance(answer, Mapping) and {"checked_bytes", "removed_blocks", "whole"} <= set(answer):
-        return int(answer["checked_bytes"]), int(answer["removed_blocks"]), bool(answer["whole"])
+def _print_answer(answer: Scrubbed, seconds: float) -> None:
+    out = console()
+    checked = format_bytes(answer["checked_bytes"])
+    if answer["removed_blocks"]:
+        text = f"{answer['removed_blocks']:,} damaged blocks were found and removed"
+        out.print(f"[red]{text}[/red]")
+    elif answer["whole"]:
+        out.print(f"[green]no damage found[/green] in {checked} of DRAM")
+    if not answer["whole"]:
+        out.print(f"[yellow]not all was checked in {seconds:g} s: {checked} were[/yellow]")
+
+
+def _scrub(admin: Admin, seconds: float) -> Scrubbed:
+    answer = admin.call(wire.AdminVerify(seconds), seconds + _GRACE_SECONDS)
+    if isinstance(answer, Mapping) and set(answer) >= {"checked_bytes", "removed_blocks", "whole"}:
+        return {
+            "checked_bytes": int(answer["checked_bytes"]),
+            "removed_blocks": int(answer["removed_blocks"]),
+            "whole": bool(answer["whole"]),
+        }
     raise IncompatibleError(f"{admin.address}: answered a check with {str(answer)[:80]!r}")
 
 
-def _used_bytes(admin: Admin) -> int:
-    for tier in views.rows_of(admin.status(), "tiers"):
-        if tier.get("tier") == "cpu":
-            return int(number(tier.get("used_bytes")))
-    return 0
+def _while_watching(watching: Admin, advance: Advance, ask: Callable[[], Scrubbed]) -> Scrubbed:
+    """Runs `ask` on a thread and follows how far the daemon's scrubber is meanwhile."""
+    answer: Future[Scrubbed] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(ask())
+        except KVStoreError as error:
+            answer.set_exception(error)
+
+    before, total = _scrubbed(watching)
+    # A daemon thread: Ctrl-C must not wait for the answer.
+    threading.Thread(target=run, name="kvstore-verify", daemon=True).start()
+    while not wait([answer], _LOOK_SECONDS).done:
+        with contextlib.suppress(KVStoreError):
+            now, total = _scrubbed(watching)
+            advance(min(now - before, total), total)
+    return answer.result()
+
+
+def _scrubbed(admin: Admin) -> tuple[int, int]:
+    """Bytes that the scrubber has checked ever, and bytes there are in DRAM."""
+    status = admin.status()
+    used = [t.get("used_bytes") for t in views.rows_of(status, "tiers") if t.get("tier") == "cpu"]
+    checked = number(status.get("metrics", {}).get("kvstore_scrub_checked_bytes_total"))
+    return int(checked), int(number(used[0])) if used else 0

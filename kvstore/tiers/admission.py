@@ -5,8 +5,8 @@ its first read after it was stored, or when it is stored again after it had left
 writes and costs hits, because most reuse is the first (`bench/admission.py` measures both).
 
 A write budget bounds either, in bytes a second: a token bucket. While it is low, "all" writes only
-what is reused; what then still does not fit is skipped and counted. Promised blocks (ack "ssd",
-"durable") and what a reclaim moves are written in any case, and draw on the budget.
+what is wanted again; what then still does not fit is skipped and counted. Promised blocks (ack
+"ssd", "durable") and what a reclaim moves are written in any case, and draw on the budget.
 
 A policy is asked twice: when blocks were stored or used (`stored`, `used`: cheap, on the caller's
 thread), and when they are about to be written (`grant`).
@@ -43,8 +43,8 @@ class Origin(IntEnum):
 class TokenBucket:
     """`rate` bytes a second, up to `burst` of them saved up. Thread-safe.
 
-    Invariant: -burst <= level <= burst. In any time t, `take` grants at most burst + rate * t bytes
-    and one unit, less what was drawn.
+    Invariant: level <= burst. In any time t, `take` grants at most burst + rate * t bytes and one
+    unit, less what was drawn.
     """
 
     def __init__(
@@ -70,20 +70,22 @@ class TokenBucket:
     def take(self, units: int, unit_bytes: int, keep: float = 0.0) -> int:
         """Take up to `units`, leaving `keep` bytes; return how many.
 
-        A unit that is larger than what could ever be there is granted when the bucket is full.
+        A unit that is larger than what could ever be there is granted when the bucket is full,
+        and owed.
         """
         with self._lock:
             level = self._refill()
             granted = min(units, max(0, int((level - keep) // unit_bytes)))
             if granted == 0 and units and level >= self._burst:
                 granted = 1
-            self._level = max(-self._burst, level - granted * unit_bytes)
+            self._level = level - granted * unit_bytes
             return granted
 
     def draw(self, num_bytes: int) -> None:
-        """Take bytes that are written in any case; at most one burst is owed."""
+        """Take bytes that are written in any case; of those, at most one burst is owed."""
         with self._lock:
-            self._level = max(-self._burst, self._refill() - num_bytes)
+            level = self._refill()
+            self._level = min(level, max(-self._burst, level - num_bytes))
 
     def give_back(self, num_bytes: int) -> None:
         """Return bytes that were taken and not written."""
@@ -127,11 +129,8 @@ class AdmissionPolicy(Protocol):
         """Whether `used` can change anything; else reads need not tell."""
         ...
 
-    @property
-    def origin_of_stored(self) -> Origin: ...
-
-    def stored(self, namespace_id: int, hashes: HashRows) -> HashRows:
-        """Return which of the blocks just stored are to be written, in the same order."""
+    def stored(self, namespace_id: int, hashes: HashRows) -> list[tuple[Origin, HashRows]]:
+        """Return which of the blocks just stored are to be written, each once and in order."""
         ...
 
     def used(self, hashes: HashRows, block_bytes: int) -> HashRows:
@@ -152,21 +151,23 @@ class AdmissionPolicy(Protocol):
 
 
 class AdmitAll:
-    """Every block when it is stored; while the budget is low, when it is read again."""
+    """Every block when it is stored; while the budget is low, when it is wanted again."""
 
-    def __init__(self, budget: TokenBucket | None = None) -> None:
+    def __init__(self, budget: TokenBucket | None = None, seen: SeenBlocks | None = None) -> None:
+        """`seen` is of use with a budget only: what is stored again then comes before the rest."""
         self._budget = budget
+        self._seen = seen
 
     @property
     def wants_used(self) -> bool:
         return self._budget is not None
 
-    @property
-    def origin_of_stored(self) -> Origin:
-        return Origin.STORED
-
-    def stored(self, namespace_id: int, hashes: HashRows) -> HashRows:
-        return hashes
+    def stored(self, namespace_id: int, hashes: HashRows) -> list[tuple[Origin, HashRows]]:
+        if self._seen is None:
+            return [(Origin.STORED, hashes)]
+        again = self._seen.add(namespace_id, hashes)
+        parts = [(Origin.USED, hashes[again]), (Origin.STORED, hashes[~again])]
+        return [(origin, part) for origin, part in parts if len(part)]
 
     def used(self, hashes: HashRows, block_bytes: int) -> HashRows:
         # A hot block that does not fit would else be queued at each read.
@@ -198,20 +199,16 @@ class AdmitAll:
 class AdmitReused(AdmitAll):
     """A block when it is read, or stored again, after it was stored."""
 
-    def __init__(self, seen: SeenBlocks, budget: TokenBucket | None = None) -> None:
-        super().__init__(budget)
-        self._seen = seen
+    def __init__(self, budget: TokenBucket | None, seen: SeenBlocks) -> None:
+        super().__init__(budget, seen)
 
     @property
     def wants_used(self) -> bool:
         return True
 
-    @property
-    def origin_of_stored(self) -> Origin:
-        return Origin.USED
-
-    def stored(self, namespace_id: int, hashes: HashRows) -> HashRows:
-        return hashes[self._seen.add(namespace_id, hashes)]
+    def stored(self, namespace_id: int, hashes: HashRows) -> list[tuple[Origin, HashRows]]:
+        parts = super().stored(namespace_id, hashes)
+        return [(origin, part) for origin, part in parts if origin is not Origin.STORED]
 
 
 def make_admission(
@@ -226,8 +223,8 @@ def make_admission(
         budget_bytes: a second; 0 for no bound.
         capacity_blocks: about how many blocks the ssd holds; twice as many are remembered.
     """
+    if kind == "all" and not budget_bytes:
+        return AdmitAll()
     bucket = TokenBucket(budget_bytes, budget_bytes * BURST_SECONDS, now) if budget_bytes else None
-    if kind == "all":
-        return AdmitAll(bucket)
-    entries = min(SEEN_ENTRIES_MAX, max(SEEN_ENTRIES_MIN, 2 * capacity_blocks))
-    return AdmitReused(SeenBlocks(entries), bucket)
+    seen = SeenBlocks(min(SEEN_ENTRIES_MAX, max(SEEN_ENTRIES_MIN, 2 * capacity_blocks)))
+    return AdmitAll(bucket, seen) if kind == "all" else AdmitReused(bucket, seen)

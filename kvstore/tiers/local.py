@@ -25,7 +25,7 @@ from kvstore import _native
 from kvstore.block import BlockHashes, Namespace
 from kvstore.config import StoreConfig
 from kvstore.control import NO_SPACE, Ack, Granted, Offsets, Reserved
-from kvstore.errors import ConfigError, IncompatibleError, OutOfSpaceError, StoreClosedError
+from kvstore.errors import ConfigError, OutOfSpaceError, StoreClosedError
 from kvstore.events import Event, decode_events, last_sequence
 from kvstore.metrics import Counters
 from kvstore.records import hash_rows
@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 DEFAULT_TENANT = 0
 ON_SSD = 2  # residency
 IN_CPU = 1 | 4  # residency: ready, or being written
+# MissReason in csrc/core/store_core.h; "": it can be had, maybe from ssd only
+_WHY_MISSED = ("absent", "pending", "evicted", "")
 PROMISE_SECONDS = 10.0  # how long a put at a level above memory waits for room in the queue
 EVENT_CAPACITY = 1 << 16  # of a namespace, 96 B each; a reader further behind sees a gap
 _WAIT_SLICE_SECONDS = 0.25
@@ -92,7 +94,6 @@ class Tiers:
         self._described: list[tuple[int, str, Namespace]] = []  # number, tenant's name
         self._events_on = False
         self.core = _new_core(config, first_block_bytes) if core is None else core
-        self._growing: Any = self.core  # what the native core is about to offer
         self.arena: npt.NDArray[np.uint8] = self.core.arena
         self._tenants: dict[str, int] = {"": DEFAULT_TENANT}
         self._ssd_quotas: dict[int, int] = {}
@@ -118,26 +119,18 @@ class Tiers:
     def _add_tenant(self, tenant: Tenant) -> None:
         if tenant.name in self._tenants:
             raise ConfigError(f"tenants: {tenant.name!r} is there twice")
-        number = self._growing.add_tenant(tenant.cpu_quota, tenant.ssd_quota)
+        number = self.core.add_tenant(tenant.cpu_quota, tenant.ssd_quota)
         self._tenants[tenant.name] = number
         if tenant.ssd_quota:
             self._ssd_quotas[number] = tenant.ssd_quota
 
     def _restore(self) -> None:
-        """Find again what ssd and arena hold. Namespaces of the arena keep their numbers.
-
-        So a process that dies on the way leaves an arena whose metadata and slots still agree.
-        """
+        """Find again what ssd and arena hold."""
         kept: dict[int, int] = {}
-        before = unpack_metadata(self._growing.metadata()) if self._is_adopting else []
+        before = unpack_metadata(self.core.metadata()) if self._is_adopting else []
         for number, name, namespace in before:
             if name in self._tenants:
-                again = kept[number] = self._register(namespace, self._tenants[name])
-            else:  # only so that the numbers that follow are the same
-                again = self.core.add_namespace(namespace.spec.block_bytes)
-                self._described.append((again, name, namespace))
-            if again != number:
-                raise IncompatibleError(f"arena: namespace {number} comes back as {again}")
+                kept[number] = self.bind(namespace, self._tenants[name])
         if self.ssd is not None:
             for name, namespace in self.ssd.stored_namespaces():
                 if name in self._tenants:
@@ -145,11 +138,11 @@ class Tiers:
             self.ssd.restore()
         if not self._is_adopting:
             return
-        self.recovered = self._growing.recover(kept)
+        self.recovered = self.core.recover(kept)
         self._is_adopting = False
         self._save_metadata()
         for number in kept.values():
-            self.adopted(number, self._growing.recovered_not_on_ssd(number))
+            self.adopted(number, self.core.recovered_not_on_ssd(number))
 
     def described(self) -> list[tuple[int, str, Namespace]]:
         """Return number, tenant's name and namespace of all there are."""
@@ -171,11 +164,9 @@ class Tiers:
             return number
 
     def _register(self, namespace: Namespace, tenant: int) -> int:
-        number: int
         name = next(name for name, number in self._tenants.items() if number == tenant)
         try:
-            of_tenant = (tenant,) if tenant != DEFAULT_TENANT else ()
-            number = self._growing.add_namespace(namespace.spec.block_bytes, *of_tenant)
+            number = self.core.add_namespace(namespace.spec.block_bytes, tenant)
         except ValueError as error:
             raise ConfigError(f"chunk: {error}") from error
         if self.ssd is not None:
@@ -187,12 +178,11 @@ class Tiers:
         return number
 
     def _ssd_room(self, tenant: int, quota: int) -> int:
-        return quota - int(self._growing.tenant_stats(tenant)["ssd_used_bytes"])
+        return quota - self.core.tenant_stats(tenant)["ssd_used_bytes"]
 
     def _save_metadata(self) -> None:
         try:
-            if hasattr(self._growing, "set_metadata"):
-                self._growing.set_metadata(pack_metadata(self._described))
+            self.core.set_metadata(pack_metadata(self._described))
         except ValueError as error:  # blocks of the newest namespaces will not be adopted
             self.counters.add("background_errors")
             log.warning("the arena cannot name all its namespaces: %s", error)
@@ -362,21 +352,33 @@ class LocalControl:
     # --- reading
 
     def acquire(self, hashes: BlockHashes, ttl: float | None, timeout: float) -> Granted:
-        granted = self._acquire(hashes, ttl)
+        granted, late = self._acquire(hashes, ttl), ""
         in_cpu = len(granted.offsets)
         if in_cpu < len(hashes) and self._tiers.ssd is not None:
             available = self.match(hashes)
             if available > in_cpu:
-                granted = self._promote_and_acquire(hashes[:available], granted, ttl, timeout)
+                granted, late = self._promote_and_acquire(hashes[:available], granted, ttl, timeout)
         held = len(granted.offsets)
         hit_cpu = min(in_cpu, held)
-        num_bytes = held * self._block_bytes
-        self._tiers.counters.add_load(
-            len(hashes), hit_cpu, held - hit_cpu, num_bytes, self._block_tokens
-        )
+        self.count_load(hashes, hit_cpu, held, late)
         if hit_cpu and self._tiers.wants_used:
             self._note_used(hashes[:hit_cpu])
         return granted
+
+    def count_load(self, hashes: BlockHashes, hit_cpu: int, held: int, late: str = "") -> None:
+        """Count one load or acquire, of which `held` leading blocks were had.
+
+        Misses have the reason of the first of them: what continues it cannot be had without it.
+        `late` is the reason where that one is in some tier.
+        """
+        counters = self._tiers.counters
+        num_bytes = held * self._block_bytes
+        counters.add_load(len(hashes), hit_cpu, held - hit_cpu, num_bytes, self._block_tokens)
+        if held < len(hashes):
+            why = self._core.why(self._id, hashes.array[held].tobytes())
+            reason = _WHY_MISSED[why] or late
+            if reason:
+                counters.add_missed(reason, len(hashes) - held)
 
     def _note_used(self, hashes: BlockHashes) -> None:
         # Of a chain, where the last is on ssd so are those before it.
@@ -386,11 +388,13 @@ class LocalControl:
 
     def _promote_and_acquire(
         self, hashes: BlockHashes, granted: Granted, ttl: float | None, timeout: float
-    ) -> Granted:
+    ) -> tuple[Granted, str]:
+        """Return what is held in the end, and why the rest is not: "" where that is not known."""
         # The lease on what is in DRAM stays until all is, so that reading the tail cannot push the
         # head out.
         if self._tiers.is_stuck:
-            return granted
+            return granted, "unavailable"
+        late = ""
         future: Future[TransferResult] | None = None
         try:
             future = self._tiers.promote(self._id, hashes[len(granted.offsets) :])
@@ -399,6 +403,7 @@ class LocalControl:
             assert future is not None
             future.cancel()
             self._tiers.counters.add("deadline_exceeded")
+            late = "deadline"
         except BaseException as error:
             self._core.release(self._owner, granted.lease)
             if isinstance(error, CancelledError):
@@ -406,7 +411,7 @@ class LocalControl:
             raise
         longer = self._acquire(hashes, ttl)
         self._core.release(self._owner, granted.lease)
-        return longer
+        return longer, late
 
     def _acquire(self, hashes: BlockHashes, ttl: float | None) -> Granted:
         granted = self._core.acquire(self._owner, self._id, hashes.array, ttl, True)
@@ -439,8 +444,7 @@ class LocalControl:
             self._tiers.counters.add("integrity_failures")
         is_all = loaded == len(hashes) or self._tiers.ssd is None or self.match(hashes) <= loaded
         if is_all:
-            num_bytes = loaded * self._block_bytes
-            self._tiers.counters.add_load(len(hashes), loaded, 0, num_bytes, self._block_tokens)
+            self.count_load(hashes, loaded, loaded)
             if loaded and self._tiers.wants_used:
                 self._note_used(hashes[:loaded])
         return loaded, is_all

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvstore.block import Namespace
-from kvstore.errors import ConfigError, IncompatibleError
+from kvstore.errors import ConfigError, IncompatibleError, KVStoreError
 
 METADATA_VERSION = 1
 _TENANT = "tenant"
@@ -83,8 +83,11 @@ def unpack_metadata(data: bytes) -> list[tuple[int, str, Namespace]]:
     try:
         body = json.loads(data)
         if body["version"] != METADATA_VERSION:
-            raise IncompatibleError(f"arena: metadata of version {body['version']!r}")
+            raise IncompatibleError(f"version {body['version']!r}")
         rows = [(int(number), *parse_stored(described)) for number, described in body["namespaces"]]
-    except (ValueError, TypeError, LookupError, ConfigError) as error:
+    except (ValueError, TypeError, LookupError, RecursionError, KVStoreError) as error:
         raise IncompatibleError(f"arena: its metadata cannot be read: {error}") from error
+    keys = {stored_key(tenant, namespace) for _, tenant, namespace in rows}
+    if min(len(keys), len({number for number, *_ in rows})) < len(rows):
+        raise IncompatibleError("arena: its metadata names namespaces twice")
     return sorted(rows, key=lambda row: row[0])

@@ -27,6 +27,7 @@ from kvstore.metrics import Counters
 from kvstore.records import RECORD, Records, records_from
 from kvstore.tiers.background import BackgroundThread
 from kvstore.tiers.ssd_side import NO_CODEC, SsdSide
+from kvstore.tracing import traced
 from kvstore.transfer import TransferResult
 
 BATCH_BYTES = 32 << 20  # published at once; large enough for the disk, small enough to start early
@@ -208,6 +209,7 @@ class Promoter:
         step = max(1, limit // self._block_bytes(promotion))
         return promotion.hashes[promotion.ready : promotion.ready + step]
 
+    @traced("promote", lambda _, __, group: {"promotions": len(group)})
     def _step(self, group: list[_Promotion]) -> None:
         """Read the next part of each."""
         parts: list[_Part] = []

@@ -446,6 +446,11 @@ class SegmentLog:
                     continue
                 head = summary[0]
                 sequence = int(head["sequence"])
+                if head["index"] == 0:  # the batch's other summary pages in one read, not in many
+                    rest = (int(head["summary_pages"]) - 1) * PAGE_BYTES
+                    if rest:
+                        begin = (at + 1) * PAGE_BYTES
+                        os.posix_fadvise(fd, begin, rest, os.POSIX_FADV_WILLNEED)
                 yield summary
                 if head["index"] + 1 < head["summary_pages"]:
                     at += 1

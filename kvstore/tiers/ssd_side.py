@@ -29,6 +29,7 @@ from kvstore.tiers.names import describe_stored, parse_stored, stored_key
 from kvstore.tiers.ssd import Locations, SsdConfig, SsdTier
 from kvstore.tiers.ssd_format import Records as Columns
 from kvstore.tiers.write_behind import Job, WriteBehind
+from kvstore.tracing import traced
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ class SsdSide:
         self.admission = make_admission(
             config.ssd_admission,
             parse_bytes(config.ssd_write_budget),
-            parse_bytes(config.ssd_capacity) // block_bytes,
+            parse_bytes(config.ssd_capacity) // max(block_bytes, 4096),
         )
         self._unforgotten: Records = np.zeros(0, RECORD)  # garbage that the index still names
         self._writer = WriteBehind(self._write, parse_bytes(config.write_behind), counters)
@@ -114,6 +115,7 @@ class SsdSide:
             self._quota_room[number] = quota_room
         self._codec(number, self._codec_name)
 
+    @traced("restore", lambda blocks, _: {"blocks": blocks})
     def restore(self) -> int:
         """Put what the directory holds into the core's index; return how many blocks."""
         parts = [self._rows(columns) for columns in self._tier.recover()]
@@ -145,9 +147,8 @@ class SsdSide:
 
     def stored(self, number: int, hashes: HashRows) -> None:
         """Blocks were stored in the cpu tier at level memory; see `kvstore.tiers.admission`."""
-        hashes = self.admission.stored(number, hashes)
-        if len(hashes):
-            self._writer.submit(self._job(number, hashes, self.admission.origin_of_stored))
+        for origin, admitted in self.admission.stored(number, hashes):
+            self._writer.submit(self._job(number, admitted, origin))
 
     def used(self, number: int, hashes: HashRows) -> None:
         """Blocks were read in the cpu tier; the last of them is not on ssd."""
@@ -160,9 +161,8 @@ class SsdSide:
 
     def adopted(self, number: int, hashes: HashRows) -> None:
         """Blocks are in the cpu tier from before this process began, ancestors first."""
-        hashes = self.admission.stored(number, hashes)
-        if len(hashes):
-            self._writer.offer_later(self._job(number, hashes, self.admission.origin_of_stored))
+        for origin, admitted in self.admission.stored(number, hashes):
+            self._writer.offer_later(self._job(number, admitted, origin))
 
     def _job(self, number: int, hashes: HashRows, origin: Origin) -> Job:
         return Job(number, hashes, len(hashes) * self._core.block_bytes(number), origin=origin)
@@ -174,6 +174,7 @@ class SsdSide:
     def flush(self, timeout: float) -> bool:
         return self._writer.flush(timeout)
 
+    @traced("write_batch", lambda _, __, jobs: {"blocks": sum(len(job.hashes) for job in jobs)})
     def _write(self, jobs: list[Job]) -> None:
         durable = any(job.ack == "durable" for job in jobs)
         try:
@@ -265,7 +266,8 @@ class SsdSide:
         written = 0
         block_bytes = self._specs[number].spec.block_bytes
         # A quarter: what is being written is leased, and a disk may hang over it.
-        step = max(1, min(WriteBehind.BATCH_BYTES, self._core.arena.nbytes // 4) // block_bytes)
+        quarter = self._core.stats()["cpu_capacity_bytes"] // 4
+        step = max(1, min(WriteBehind.BATCH_BYTES, quarter) // block_bytes)
         while len(hashes):
             part = hashes[:step]
             lease, offsets, _, _, checksums = self._core.acquire(

@@ -16,65 +16,22 @@ requests at a time, each batch in page order.
 
 from __future__ import annotations
 
-import errno
-import os
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 
 from kvstore import _native
-from kvstore.codec import Codec, CodecId, aligned_buffer, get_codec
-from kvstore.errors import ConfigError, KVStoreError
+from kvstore.errors import ConfigError
 from kvstore.tiers.ssd_format import PAGE_BYTES, SHARED, Structs, pages_of
 from kvstore.tiers.ssd_index import keys_of
-from kvstore.tiers.ssd_offline import OfflineDirectory, SegmentFile, codec_name
+from kvstore.tiers.ssd_offline import OfflineDirectory, SegmentFile
 from kvstore.tiers.ssd_open import tag_of
+from kvstore.tiers.ssd_payloads import PayloadCheck, hash_of, inside
+from kvstore.tiers.ssd_report import SsdReport
 
-BATCH_BYTES = 16 << 20  # payload in memory at a time, unless one block is larger
 _NO_PLACES = np.empty(0, np.uint64)
 Progress = Callable[[int, int], None]  # bytes checked so far, of how many
-
-
-@dataclass(frozen=True)
-class Damage:
-    """One thing wrong. `segment` and `page` are 0 where it has no place in the log.
-
-    `kind`: index, index_record, namespaces, namespace, header, truncated, missing, foreign,
-    summary, disagreement, overlap, payload, unreadable.
-    """
-
-    kind: str
-    segment: int
-    page: int
-    detail: str
-
-
-@dataclass
-class SsdReport:
-    path: str
-    uuid: str
-    segments: int = 0
-    file_bytes: int = 0
-    records: int = 0
-    checked_blocks: int = 0
-    checked_bytes: int = 0  # as stored
-    decoded_blocks: int = 0
-    undecoded_blocks: int = 0  # stored checksum only: the codec or namespace is not to be had
-    summaries: int = 0
-    live_bytes: int = 0  # whole pages
-    unreferenced_bytes: int = 0  # in segments, but no record points there
-    damage: Counter[str] = field(default_factory=Counter)  # how many, by kind
-    findings: list[Damage] = field(default_factory=list)  # the first of them
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def num_damaged(self) -> int:
-        return sum(self.damage.values())
 
 
 def verify_directory(
@@ -118,24 +75,17 @@ class _Check:
         progress: Progress,
     ) -> None:
         self._directory = directory
-        self._queue = queue
         self._log = directory.log(queue)
-        self._findings_max = findings_max
         self._progress = progress
         self._total_bytes = 0
         self._places = _NO_PLACES  # of all records, sorted
         self._named = np.empty(0, np.bool_)  # by a summary; parallel to `_places`
-        self._memory = aligned_buffer(BATCH_BYTES)
-        self._decoded = aligned_buffer(0)
-        self._codecs: dict[tuple[int, int], Codec | None] = {}
         self._by_number = {segment.number: segment for segment in directory.segments}
-        self._without_o_direct = False
-        self.report = SsdReport(str(directory.path), directory.uuid.hex())
+        self.report = SsdReport(str(directory.path), directory.uuid.hex(), findings_max)
+        self._payloads = PayloadCheck(queue, directory.namespaces, self.report, self._advance)
 
-    def _found(self, kind: str, segment: int, page: int, detail: str, times: int = 1) -> None:
-        self.report.damage[kind] += times
-        if len(self.report.findings) < self._findings_max:
-            self.report.findings.append(Damage(kind, segment, page, detail))
+    def _advance(self) -> None:
+        self._progress(self.report.checked_bytes, max(self._total_bytes, 1))
 
     # -- 1
 
@@ -144,7 +94,9 @@ class _Check:
         self.report.segments = len(directory.segments)
         self.report.file_bytes = sum(segment.bytes for segment in directory.segments)
         for name in directory.foreign:
-            self._found("foreign", 0, 0, f"{name}: not a file of kvstore; the store ignores it")
+            self.report.found(
+                "foreign", 0, 0, f"{name}: not a file of kvstore; the store ignores it"
+            )
         if directory.leftovers:
             self.report.notes.append(
                 f"left by interrupted work or an earlier repair: {', '.join(directory.leftovers)}"
@@ -152,7 +104,7 @@ class _Check:
         if not directory.locked:
             self.report.notes.append("there is no lock file; a store that opens it now is not seen")
         if directory.namespaces_fault:
-            self._found("namespaces", 0, 0, f"namespaces.json: {directory.namespaces_fault}")
+            self.report.found("namespaces", 0, 0, f"namespaces.json: {directory.namespaces_fault}")
         for number, info in directory.namespaces.items():
             if info.namespace is None:
                 self.report.notes.append(
@@ -165,27 +117,27 @@ class _Check:
             what = self._directory.index_fault
             fresh = what == "it is missing" and not self._directory.segments
             if not fresh:
-                self._found("index", 0, 0, f"index: {what}; the store would rebuild it")
+                self.report.found("index", 0, 0, f"index: {what}; the store would rebuild it")
             return
         parts: list[npt.NDArray[np.uint64]] = []
         known = np.array(list(self._directory.namespaces), np.uint32)
         for rows, bad in self._directory.records():
             if bad:
-                self._found("index_record", 0, 0, f"{bad} records fail their checksum", bad)
+                self.report.found("index_record", 0, 0, f"{bad} records fail their checksum", bad)
             self.report.records += len(rows)
             self._total_bytes += int(rows["stored_bytes"].sum(dtype=np.int64))
             unknown = rows[~np.isin(rows["namespace"], known)]
             if len(unknown):
                 number = int(unknown["namespace"][0])
                 detail = f"{len(unknown)} records of namespace {number}, which is not known"
-                self._found("namespace", 0, 0, detail, len(unknown))
+                self.report.found("namespace", 0, 0, detail, len(unknown))
             self._missing(rows)
             parts.append(_places(rows))
         self._places = np.sort(np.concatenate(parts)) if parts else _NO_PLACES
         self._named = np.zeros(len(self._places), np.bool_)
         twice = int((self._places[1:] == self._places[:-1]).sum())
         if twice:
-            self._found("overlap", 0, 0, f"{twice} pages have two records", twice)
+            self.report.found("overlap", 0, 0, f"{twice} pages have two records", twice)
 
     def _missing(self, rows: Structs) -> None:
         """Records that point at no segment, or behind the end of one."""
@@ -194,12 +146,14 @@ class _Check:
             segment = self._by_number.get(number)
             if segment is None:
                 detail = f"{number:010d}.seg is not there; {len(here)} records point at it"
-                self._found("missing", number, 0, detail, len(here))
+                self.report.found("missing", number, 0, detail, len(here))
                 continue
-            outside = here[~_inside(here, segment)]
+            outside = here[~inside(here, segment)]
             if len(outside):
                 detail = f"{len(outside)} records point outside of {segment.path.name}"
-                self._found("missing", number, int(outside["page"].min()), detail, len(outside))
+                self.report.found(
+                    "missing", number, int(outside["page"].min()), detail, len(outside)
+                )
 
     # -- 2
 
@@ -210,9 +164,9 @@ class _Check:
                 continue
             try:
                 live = self._summaries(segment)
-                self._payloads(segment, live)
+                self._payloads.check(segment, live)
             except OSError as error:
-                self._found("unreadable", segment.number, 0, f"{segment.path.name}: {error}")
+                self.report.found("unreadable", segment.number, 0, f"{segment.path.name}: {error}")
             used = segment.live_pages * PAGE_BYTES
             self.report.live_bytes += used
             self.report.unreferenced_bytes += max(0, segment.bytes - PAGE_BYTES - used)
@@ -221,15 +175,15 @@ class _Check:
         name = segment.path.name
         if segment.fault == "foreign":
             detail = f"{name}: its header is of another directory, segment or format"
-            self._found("foreign", segment.number, 0, detail)
+            self.report.found("foreign", segment.number, 0, detail)
         elif segment.fault == "unreadable":
-            self._found("unreadable", segment.number, 0, f"{name}: cannot be read")
+            self.report.found("unreadable", segment.number, 0, f"{name}: cannot be read")
         elif segment.fault:
-            self._found("header", segment.number, 0, f"{name}: its header is {segment.fault}")
+            self.report.found("header", segment.number, 0, f"{name}: its header is {segment.fault}")
         elif segment.bytes != segment.header_bytes:
             detail = f"{name}: has {segment.bytes} bytes; its header says {segment.header_bytes}"
             page = min(segment.bytes, segment.header_bytes) // PAGE_BYTES
-            self._found("truncated", segment.number, page, detail)
+            self.report.found("truncated", segment.number, page, detail)
 
     def _summaries(self, segment: SegmentFile) -> Structs:
         """The index's records of blocks that summaries name at the same place, in page order."""
@@ -252,7 +206,7 @@ class _Check:
         ends = rows["page"].astype(np.int64) + pages_of(rows["stored_bytes"])
         for i in np.flatnonzero(ends[:-1] > rows["page"][1:]).tolist():
             detail = f"the block at page {rows['page'][i]} reaches into the next"
-            self._found("overlap", segment.number, int(rows["page"][i]), detail)
+            self.report.found("overlap", segment.number, int(rows["page"][i]), detail)
         return rows
 
     def _live(self, places: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
@@ -286,129 +240,10 @@ class _Check:
                 tags[records["namespace"] == number] = tag
         same &= tags == descriptors["namespace_tag"][at]
         for row in records[~same]:
-            detail = f"block {_hex(row)}: its summary and the index differ"
-            self._found("disagreement", segment.number, int(row["page"]), detail)
+            detail = f"block {hash_of(row)}: its summary and the index differ"
+            self.report.found("disagreement", segment.number, int(row["page"]), detail)
         found: Structs = records
         return found
-
-    # -- payloads
-
-    def _payloads(self, segment: SegmentFile, rows: Structs) -> None:
-        if not len(rows):
-            return
-        rows = rows[_inside(rows, segment)]
-        fd = self._open(segment.path)
-        try:
-            for part in _batches(rows):
-                self._batch(segment, fd, part)
-        finally:
-            os.close(fd)
-
-    def _open(self, path: Path) -> int:
-        if not self._without_o_direct:
-            try:
-                return os.open(path, os.O_RDONLY | os.O_DIRECT)
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise
-                self._without_o_direct = True
-        return os.open(path, os.O_RDONLY)
-
-    def _batch(self, segment: SegmentFile, fd: int, rows: Structs) -> None:
-        room = pages_of(rows["stored_bytes"]) * PAGE_BYTES
-        ends = np.cumsum(room)
-        if int(ends[-1]) > self._memory.nbytes:
-            self._memory = aligned_buffer(int(ends[-1]))
-        addresses = np.uint64(self._memory.ctypes.data) + (ends - room).astype(np.uint64)
-        lengths = rows["stored_bytes"].astype(np.uint64)
-        errors = self._queue.read(
-            np.full(len(rows), fd, np.int32),
-            rows["page"].astype(np.uint64) * np.uint64(PAGE_BYTES),
-            addresses,
-            lengths,
-            np.ascontiguousarray(rows["stored_checksum"]),
-        )
-        good = errors == 0
-        for i in np.flatnonzero(~good).tolist():
-            wrong = int(errors[i]) == errno.EBADMSG
-            what = "fails its stored checksum" if wrong else os.strerror(int(errors[i]))
-            kind = "payload" if wrong else "unreadable"
-            detail = f"block {_hex(rows[i])} {what}"
-            self._found(kind, segment.number, int(rows["page"][i]), detail)
-        self._raw(segment, rows[good], addresses[good])
-        self.report.checked_blocks += len(rows)
-        self.report.checked_bytes += int(lengths.sum())
-        self._progress(self.report.checked_bytes, max(self._total_bytes, 1))
-
-    def _raw(self, segment: SegmentFile, rows: Structs, addresses: npt.NDArray[np.uint64]) -> None:
-        """Blocks whose stored bytes are right: are they what was put?"""
-        plain = rows["codec"] == int(CodecId.NONE)
-        wrong = (rows["checksum"] != rows["stored_checksum"]) | (
-            rows["raw_bytes"] != rows["stored_bytes"]
-        )
-        self._not_what_was_put(segment, rows[plain & wrong])
-        self.report.decoded_blocks += int(plain.sum())
-        groups = np.unique(rows[~plain][["namespace", "codec"]])
-        for number, codec_id in groups.tolist():
-            at = np.flatnonzero((rows["namespace"] == number) & (rows["codec"] == codec_id))
-            codec = self._codec(number, codec_id)
-            if codec is None:
-                self.report.undecoded_blocks += len(at)
-                continue
-            spec = self._spec_of(number)
-            for i in at.tolist():
-                self._decode(segment, rows[i], addresses[i : i + 1], codec, spec)
-
-    def _spec_of(self, number: int) -> Any:
-        info = self._directory.namespaces[number]
-        assert info.namespace is not None
-        return info.namespace.spec
-
-    def _codec(self, number: int, codec_id: int) -> Codec | None:
-        key = number, codec_id
-        if key not in self._codecs:
-            info = self._directory.namespaces.get(number)
-            codec: Codec | None = None
-            try:
-                if info is not None and info.namespace is not None:
-                    codec = get_codec(codec_id, info.namespace.spec)
-            except ConfigError as error:
-                self.report.notes.append(
-                    f"blocks of codec {codec_name(codec_id)} are not decoded: {error}"
-                )
-            self._codecs[key] = codec
-        return self._codecs[key]
-
-    def _decode(
-        self,
-        segment: SegmentFile,
-        row: Any,
-        address: npt.NDArray[np.uint64],
-        codec: Codec,
-        spec: Any,
-    ) -> None:
-        raw_bytes = int(row["raw_bytes"])
-        if raw_bytes == spec.block_bytes and raw_bytes > self._decoded.nbytes:
-            self._decoded = aligned_buffer(raw_bytes)
-        out = np.array([self._decoded.ctypes.data], np.uint64)
-        ok = False
-        if raw_bytes == spec.block_bytes:
-            try:
-                length = np.array([row["stored_bytes"]], np.uint64)
-                ok = bool(codec.decode(address, length, out, raw_bytes, spec)[0])
-            except KVStoreError:
-                ok = False
-        if ok and not codec.lossy:
-            ok = _native.xxh3(self._decoded[:raw_bytes]) == int(row["checksum"])
-        self.report.decoded_blocks += 1
-        if not ok:
-            detail = f"block {_hex(row)} does not decode to the bytes that were put"
-            self._found("payload", segment.number, int(row["page"]), detail)
-
-    def _not_what_was_put(self, segment: SegmentFile, rows: Structs) -> None:
-        for row in rows:
-            detail = f"block {_hex(row)} was stored with other bytes than were put"
-            self._found("payload", segment.number, int(row["page"]), detail)
 
     # -- 3
 
@@ -425,36 +260,16 @@ class _Check:
                 here = mine[mine["segment"] == number]
                 if segment is None:
                     continue
-                here = here[_inside(here, segment)]
+                here = here[inside(here, segment)]
                 self._unsummarized_in(segment, here[np.argsort(here["page"], kind="stable")])
 
     def _unsummarized_in(self, segment: SegmentFile, rows: Structs) -> None:
         for row in rows:
-            detail = f"block {_hex(row)} is in no intact summary; it would be lost with the index"
-            self._found("summary", segment.number, int(row["page"]), detail)
+            detail = (
+                f"block {hash_of(row)} is in no intact summary; it would be lost with the index"
+            )
+            self.report.found("summary", segment.number, int(row["page"]), detail)
         try:
-            self._payloads(segment, rows)
+            self._payloads.check(segment, rows)
         except OSError as error:
-            self._found("unreadable", segment.number, 0, f"{segment.path.name}: {error}")
-
-
-def _inside(rows: Structs, segment: SegmentFile) -> npt.NDArray[np.bool_]:
-    ends = rows["page"].astype(np.int64) + pages_of(rows["stored_bytes"])
-    inside: npt.NDArray[np.bool_] = (rows["page"] > 0) & (rows["stored_bytes"] > 0)
-    return inside & (ends <= segment.bytes // PAGE_BYTES)
-
-
-def _batches(rows: Structs) -> Iterator[Structs]:
-    """Consecutive rows of at most BATCH_BYTES, at least one."""
-    ends = np.cumsum(pages_of(rows["stored_bytes"]) * PAGE_BYTES)
-    start = 0
-    while start < len(rows):
-        before = int(ends[start - 1]) if start else 0
-        end = int(np.searchsorted(ends, before + BATCH_BYTES, side="right"))
-        end = max(end, start + 1)
-        yield rows[start:end]
-        start = end
-
-
-def _hex(row: Any) -> str:
-    return str(row["hash"].tobytes().hex())
+            self.report.found("unreadable", segment.number, 0, f"{segment.path.name}: {error}")

@@ -340,6 +340,8 @@ def test_values_of_the_status_are_exposed_by_label(server: HttpServer) -> None:
     assert found["kvstore_quarantined_slots"] == 4
     assert found["kvstore_ready"] == 1
     assert found['kvstore_build_info{version="0.2.0"}'] == 1
+    assert found["kvstore_discarded_slots"] == 2
+    assert found["kvstore_adoption_seconds"] == 0.21
     assert found["process_resident_memory_bytes"] > 0
 
 

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from kvstore.daemon.http import HttpServer, start_http
+import kvstore.daemon.http
+from kvstore.daemon.http import HttpServer, page, page_policy, start_http
 from kvstore.errors import StoreClosedError
 from tests.daemon.served import HOSTILE, FakeService, make_status
 
@@ -106,13 +107,13 @@ def test_values_of_the_status_are_on_the_page(browse: Browse, server: HttpServer
     assert text["state"] == "serving|"
     for part in ("version 0.2.0", "up 1 d 2 h", "pid 4242", "unix:/run/kvstore/kvstore.sock"):
         assert part in text["about"]
-    for part in ("65.1 %", "2.3 GiB/s", "512 MiB/s", "431/s", "12", "2 reservations", "9001"):
+    for part in ("65.1 %", "2.3 GiB/s", "512 MiB/s", "431/s", "12", "open: 2", "9001"):
         assert part in text["figures"]
     for part in ("9.1 GiB of 16.0 GiB · 56.9 %", "61.0 GiB of 64.0 GiB · 95.3 %", "9318 blocks"):
         assert part in text["tiers"]
     for part in ("hit in cpu|701 k · 56.8 %", "miss: was evicted|31.0 k", "miss: reason not told"):
         assert part in text["asked"]
-    assert "00d41f0c00d41f0c…|1|512|9000" in text["hot"]
+    assert "00d41f0c00d41f0c…|1: Qwen/Qwen3-8B|512|9000" in text["hot"]
     assert "acquire|100|" in text["requests"]
     assert '(default)|9000|8.0 GiB| · no quota|60.0 GiB| · no quota|a"b\\c|318|' in text["tenants"]
     assert "1.1 GiB of 4.0 GiB" in text["tenants"]
@@ -131,6 +132,34 @@ def test_charts_have_lines_axes_and_units(browse: Browse, server: HttpServer) ->
         assert len(re.findall(r"\|\d\d:\d\d:\d\d", found.text[identity])) >= 3
     assert found.tags.count("path") == 3
     assert "load 1.5 GiB/s" in found.text["flow"]
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        'box.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowLeft" }));' * 2,
+        'const at = box.getBoundingClientRect(); box.dispatchEvent(new PointerEvent("pointermove",'
+        " { clientX: at.right - 6 - (at.width - 60) / 299 }));",
+    ],
+    ids=["keys", "pointer"],
+)
+def test_values_of_the_past_can_be_read_by_keys_and_pointer(
+    browse: Browse, server: HttpServer, monkeypatch: pytest.MonkeyPatch, act: str
+) -> None:
+    script = f"<script>setTimeout(() => {{ const box = charts.hits.box; {act} }}, 1000);</script>"
+    text = page().replace(b"</body>", script.encode() + b"</body>")
+    monkeypatch.setattr(kvstore.daemon.http, "page", lambda: text)
+    page_policy.cache_clear()
+    try:
+        found = document(browse, server)
+    finally:
+        monkeypatch.undo()
+        page_policy.cache_clear()
+    before_last = make_status()["history"][-2][1]
+    assert f"hit ratio {round(before_last * 100, 1):g} %" in found.text["hits"]
+    assert "now" not in found.text["hits"]
+    assert "now" in found.text["flow"]
+    assert found.tags.count("path") == 3
 
 
 def test_text_of_clients_is_never_markup(browse: Browse, server: HttpServer) -> None:

@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,11 +27,12 @@ from kvstore.errors import ConfigError, CorruptError, IncompatibleError, InUseEr
 from kvstore.tiers.ssd_format import PAGE_BYTES, SUPERBLOCK, Structs
 from kvstore.tiers.ssd_index import keys_of
 from kvstore.tiers.ssd_offline import OfflineDirectory
-from kvstore.tiers.ssd_verify import SsdReport, verify_directory
+from kvstore.tiers.ssd_report import SsdReport
+from kvstore.tiers.ssd_verify import verify_directory
 from tests.ssd_support import hashes_of, keep, open_tier, write
 from tests.store_support import BLOCK_BYTES, NAMESPACE, WAIT_S, chain
 
-SMALL = {"capacity_bytes": 1 << 20, "segment_bytes": 128 << 10}
+SMALL: dict[str, Any] = {"capacity_bytes": 1 << 20, "segment_bytes": 128 << 10}
 
 
 def check(path: Path, findings_max: int = 100) -> SsdReport:

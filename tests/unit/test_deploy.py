@@ -103,7 +103,7 @@ def test_every_counter_that_tells_of_trouble_is_on_the_dashboard() -> None:
     text = "\n".join(expressions())
     for name in BY_NAME:
         if re.search(r"failures|missed|refused|dropped|deadline|errors", name):
-            if name.startswith(("kvstore_auth", "kvstore_protocol", "kvstore_prefetch")):
+            if name.startswith(("kvstore_protocol", "kvstore_prefetch", "kvstore_connections")):
                 continue
             assert name in text, f"{name}: on no panel"
 
@@ -170,6 +170,7 @@ def test_the_unit_lets_the_holder_live_and_finds_it_again() -> None:
     assert service["KillMode"] == "process", "control-group and mixed kill the holder"
     assert service["RuntimeDirectoryPreserve"] == "yes", "its socket is in the runtime directory"
     assert service["Type"] == "notify"
+    assert service["ExecReload"] == "/bin/kill -HUP $MAINPID", "keeps DRAM content"
 
 
 def test_the_units_directories_are_those_of_the_configuration() -> None:

@@ -1,4 +1,4 @@
-"""`kvstore serve` and `kvstore restart`."""
+"""`kvstore serve`: run the daemon."""
 
 from __future__ import annotations
 
@@ -7,36 +7,17 @@ import inspect
 import json
 import logging
 import sys
-import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from kvstore import wire
 from kvstore.config import DaemonConfig, TenantConfig, load_daemon_config
 from kvstore.config_sources import Setting, help_of, token_from_environment
-from kvstore.errors import (
-    ConfigError,
-    DeadlineExceededError,
-    KVStoreError,
-    PeerUnavailableError,
-)
-from kvstore.ops.common import (
-    ConfigOption,
-    ConnectOption,
-    JsonOption,
-    TimeoutOption,
-    TokenOption,
-    failures,
-    print_json,
-    target,
-)
+from kvstore.errors import ConfigError
+from kvstore.ops.common import ConfigOption
 
 log = logging.getLogger(__name__)
-
-_ASK_AGAIN_SECONDS = 0.02
 
 
 def _settings() -> list[dataclasses.Field[Any]]:
@@ -135,62 +116,3 @@ def _toml(value: object) -> str:
         return "[" + ", ".join(_toml(item) for item in value) + "]"
     # What JSON escapes, TOML's basic strings do in the same way; DEL alone may stand in JSON only.
     return json.dumps(value).replace("\x7f", "\\u007f") if isinstance(value, str) else repr(value)
-
-
-def restart(
-    connect: ConnectOption = None,
-    config: ConfigOption = None,
-    token_file: TokenOption = None,
-    timeout: TimeoutOption = 60.0,
-    as_json: JsonOption = False,
-) -> None:
-    """Have the daemon start again, with its DRAM content kept; wait until it serves."""
-    with failures(as_json):
-        done = restart_daemon(connect, config, token_file, timeout)
-        if as_json:
-            print_json(done)
-        else:
-            typer.echo(
-                f"restarted in {done['seconds']:.2f} s, process {done['pid']}; "
-                f"{done['blocks_kept']} of {done['blocks_before']} blocks in DRAM kept"
-            )
-
-
-def restart_daemon(
-    connect: str | None, config: Path | None, token_file: Path | None, timeout: float
-) -> dict[str, Any]:
-    """Ask for a restart and wait for the new daemon.
-
-    Raises:
-        PeerUnavailableError: there is no daemon.
-        DeadlineExceededError: there was none again in `timeout` seconds.
-    """
-    where = target(connect, config, token_file, min(timeout, 5.0))
-    began = time.monotonic()
-    with where.open() as admin:
-        before = _blocks(admin.status())
-        asked = admin.call(wire.AdminRestart())
-    while True:
-        why: KVStoreError
-        try:
-            with where.open() as admin:
-                status = admin.status()
-            if status["epoch"] != asked["epoch"] and status["state"] == "serving":
-                break
-            why = DeadlineExceededError("it still finishes what is under way")
-        except (PeerUnavailableError, DeadlineExceededError) as error:
-            why = error
-        if time.monotonic() - began > timeout:
-            raise DeadlineExceededError(f"the daemon does not serve after {timeout} s: {why}")
-        time.sleep(_ASK_AGAIN_SECONDS)
-    return {
-        "seconds": time.monotonic() - began,
-        "pid": status["pid"],
-        "blocks_before": before,
-        "blocks_kept": int((status["adopted"] or {}).get("adopted", 0)),
-        "adopted": status["adopted"],
-    }
-
-
-def _blocks(status: Mapping[str, Any]) -> int:
-    return sum(int(tier["blocks"]) for tier in status["tiers"] if tier["tier"] == "cpu")
