@@ -10,7 +10,7 @@ TORCHED := $(VENV)/.torch
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
 CXX ?= g++
 
-.PHONY: all demo test test-all lint format bench sanitize wheel clean tools
+.PHONY: all demo test test-all lint format bench sanitize fuzz wheel clean tools
 all: lint test
 
 tools:
@@ -72,6 +72,19 @@ sanitize: $(BUILT)
 	for t in csrc/tests/*_test.cc; do echo "tsan $$t"; \
 	  $(CXX) -std=c++20 -O1 -g -UNDEBUG -fsanitize=thread -Icsrc $$t csrc/core/*.cc csrc/copy/*.cc csrc/net/*.cc -o build/tsan/test -pthread && \
 	  TSAN_OPTIONS=halt_on_error=1 build/tsan/test || exit 1; done
+
+# Each parser that meets bytes we did not write, for SECONDS each. Python parsers by atheris (CPython
+# 3.11 or older), native ones by libFuzzer, which needs clang with its runtime.
+SECONDS ?= 60
+FUZZ_CXX ?= $(shell command -v clang++-19 || command -v clang++)
+FUZZ_FLAGS := -std=c++20 -O1 -g -UNDEBUG -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -Icsrc -pthread
+fuzz: $(BUILT)
+	$(BIN)/pip install -q 'atheris>=3'
+	for t in segment index superblock config messages; do echo "fuzz $$t"; $(BIN)/python -m tests.fuzz.run $$t $(SECONDS) > build/fuzz-$$t.log 2>&1 || { tail -n 60 build/fuzz-$$t.log; exit 1; }; tail -n 8 build/fuzz-$$t.log; done
+	for t in csrc/fuzz/*_fuzz.cc; do n=$$(basename $$t _fuzz.cc); echo "fuzz $$n"; mkdir -p build/fuzz/$$n; \
+	  $(FUZZ_CXX) $(FUZZ_FLAGS) $$t csrc/core/*.cc csrc/copy/*.cc csrc/net/*.cc -o build/fuzz/$$n-fuzz && \
+	  build/fuzz/$$n-fuzz -max_total_time=$(SECONDS) -timeout=10 -print_final_stats=1 -artifact_prefix=build/fuzz/$$n- build/fuzz/$$n tests/fuzz/corpus/$$n > build/fuzz-$$n.log 2>&1 \
+	  || { tail -n 60 build/fuzz-$$n.log; exit 1; }; tail -n 8 build/fuzz-$$n.log; done
 
 wheel: $(BUILT)
 	$(BIN)/pip install -q build

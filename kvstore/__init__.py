@@ -31,7 +31,8 @@ from kvstore.layout import AxisTensor, BlockBuffers, ContiguousBlocks, PagedBuff
 from kvstore.lease import Lease
 from kvstore.opening import connect, share
 from kvstore.opening import open_store as open
-from kvstore.store import BlockInfo, Hit, Reservation, Store
+from kvstore.reservation import Reservation
+from kvstore.store import BlockInfo, Hit, Store
 from kvstore.transfer import Transfer, TransferResult
 
 __all__ = [

@@ -425,6 +425,7 @@ class NativeServer:
         notices: bool,
         notice_used: bool,
         label: str,
+        block_tokens: int = 0,
     ) -> bool:
         """Admit a connection as a new client, before the reply to its greeting.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from pathlib import Path
 
 from kvstore.errors import ConfigError
@@ -23,3 +24,29 @@ def unix_path(address: str) -> Path:
             f"address: {path} is longer than the {_SOCKET_PATH_BYTES_MAX} bytes of a socket's path"
         )
     return Path(path)
+
+
+def tcp_address(address: str) -> tuple[str, int]:
+    """Return host and port of "host:port"; an IPv6 host stands in brackets.
+
+    Raises:
+        ConfigError: no such form, or no such port.
+    """
+    host, colon, port = address.removeprefix("tcp:").rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        host = ""
+    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise ConfigError(f"address: {address!r} is not of the form host:port")
+    return host, int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether nobody outside this machine can reach what listens there."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -18,7 +18,16 @@ from typer.core import TyperGroup
 from kvstore.errors import ConfigError, KVStoreError
 
 ENTRY_POINTS = "kvstore.commands"
-BUILT_IN = {"bench": "kvstore.bench.command:bench"}  # name -> "module:function"
+BUILT_IN = {  # name -> "module:function"
+    "bench": "kvstore.bench.command:bench",
+    "serve": "kvstore.ops.serve:serve",
+    "restart": "kvstore.ops.restart:restart",
+    "status": "kvstore.ops.status:status",
+    "top": "kvstore.ops.top:top",
+    "inspect": "kvstore.ops.inspect:inspect",
+    "verify": "kvstore.ops.verify:verify",
+    "doctor": "kvstore.ops.doctor:doctor",
+}
 
 
 class _Commands(TyperGroup):

@@ -1,35 +1,37 @@
 """Settings: one frozen dataclass a component, checked once, passed down as arguments.
 
-This is the only module that reads the environment. A setting comes from, lowest first: the default
-written here, a TOML file, `KVSTORE_*` variables, keyword arguments or flags. An unknown name or a
-bad value is a `ConfigError` that names it.
+A setting comes from, lowest first: the default written here, a TOML file, `KVSTORE_*` variables,
+keyword arguments or flags (see kvstore/config_sources.py). An unknown name or a bad value is a
+`ConfigError` that names it.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from kvstore.address import is_loopback, tcp_address, unix_path
+from kvstore.config_sources import Setting, build, collect, runtime_directory, setting
 from kvstore.errors import ConfigError
 
 Verify = Literal["boundary", "always"]
 IoKind = Literal["auto", "uring", "threads"]
+Admission = Literal["all", "reuse"]
+ClientWrites = Literal["in_place", "copy"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+LogFormat = Literal["text", "json"]
 
 _UNITS = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
     _UNITS[_letter] = _UNITS[_letter + "ib"] = 1024**_power
     _UNITS[_letter + "b"] = 1000**_power
 
-
-_PREFIX = "KVSTORE_"
-# Variables of the build, of benches and of the transport, not settings of a store.
-_NOT_OURS = frozenset(("KVSTORE_BUILD_JOBS", "KVSTORE_SANITIZE", "KVSTORE_UCX_LIB"))
+_SIZES = ("cpu", "chunk", "ssd_capacity", "ssd_segment", "write_behind", "ssd_write_budget")
 
 
 def parse_bytes(value: int | str, name: str = "size") -> int:
@@ -65,35 +67,49 @@ def _is_a(kind: type | tuple[type, ...], value: object) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
+def _check_choices(config: object, **kinds: Any) -> None:
+    for name, kind in kinds.items():
+        if getattr(config, name) not in get_args(kind):
+            raise ConfigError(
+                f"{name}: {getattr(config, name)!r} is not one of {', '.join(get_args(kind))}"
+            )
+
+
 @dataclass(frozen=True)
 class StoreConfig:
     """An embedded store. Sizes are bytes or text such as "8GiB"; see `parse_bytes`."""
 
-    cpu: int | str = "1GiB"  # DRAM for blocks; taken when the store is opened
-    chunk: int | str = 0  # unit in which block sizes share the arena; 0: chosen from `cpu`
-    huge_pages: bool = False  # back the arena with reserved huge pages (vm.nr_hugepages)
-    eviction: str = "lru"
-    verify: Verify = "boundary"  # "always": check every read, not only where bytes cross a boundary
-    threads: int = 2  # upper bound of threads that copy one batch
-    ssd: str = ""  # directory of the ssd tier; empty: none
-    ssd_capacity: int | str = "16GiB"
-    ssd_segment: int | str = "256MiB"
-    ssd_io: IoKind = "auto"
-    ssd_depth: int = 16  # requests in flight
-    codec: str = "none"  # how blocks are encoded on ssd: none, zstd, int8 (lossy), fp8 (lossy)
-    write_behind: int | str = (
-        "256MiB"  # bytes that may wait for the ssd; over it, blocks stay in DRAM
+    cpu: int | str = setting("1GiB", "DRAM for blocks; taken when the store is opened")
+    chunk: int | str = setting(0, "unit in which block sizes share the arena; 0: chosen from `cpu`")
+    huge_pages: bool = setting(False, "back the arena with reserved huge pages (vm.nr_hugepages)")
+    eviction: str = setting("lru", "which blocks leave DRAM first: lru, lfu, s3fifo, mq")
+    verify: Verify = setting(
+        "boundary", '"always": check every read, not only where bytes cross a boundary'
     )
-    lease_seconds: float = 60.0  # how long acquired blocks stay pinned unless released
+    threads: int = setting(2, "upper bound of threads that copy one batch")
+    ssd: str = setting("", "directory of the ssd tier; empty: none")
+    ssd_capacity: int | str = setting("16GiB", "bound of the ssd tier")
+    ssd_segment: int | str = setting("256MiB", "size of one segment file")
+    ssd_io: IoKind = setting("auto", "auto, uring or threads")
+    ssd_depth: int = setting(16, "requests in flight")
+    codec: str = setting(
+        "none", "how blocks are encoded on ssd: none, zstd, int8 (lossy), fp8 (lossy)"
+    )
+    write_behind: int | str = setting(
+        "256MiB", "bytes that may wait for the ssd; over it, blocks are offered again later"
+    )
+    ssd_admission: Admission = setting(
+        "all", '"reuse": a block is written to ssd when it is used again'
+    )
+    ssd_write_budget: int | str = setting(
+        0, "bytes a second that may be written to ssd; 0: no bound"
+    )
+    lease_seconds: float = setting(60.0, "how long acquired blocks stay pinned unless released")
 
     def __post_init__(self) -> None:
-        for name in ("cpu", "chunk", "ssd_capacity", "ssd_segment", "write_behind"):
+        for name in _SIZES:
             object.__setattr__(self, name, parse_bytes(getattr(self, name), name))
-        for name, kind in (("verify", Verify), ("ssd_io", IoKind)):
-            if getattr(self, name) not in get_args(kind):
-                raise ConfigError(
-                    f"{name}: {getattr(self, name)!r} is not one of {', '.join(get_args(kind))}"
-                )
+        _check_choices(self, verify=Verify, ssd_io=IoKind, ssd_admission=Admission)
         for name in ("threads", "ssd_depth"):
             value = getattr(self, name)
             if not _is_a(int, value) or not 1 <= value <= 1024:
@@ -128,48 +144,134 @@ class StoreConfig:
         return -(-chunk // page) * page
 
 
-def _environment(environ: Mapping[str, str]) -> dict[str, str]:
-    known = {field.name for field in fields(StoreConfig)}
-    found = {}
-    for name, value in environ.items():
-        if not name.startswith(_PREFIX) or name in _NOT_OURS:
-            continue
-        key = name.removeprefix(_PREFIX).lower()
-        if key not in known:
-            raise ConfigError(f"{name}: no such setting; there are {', '.join(sorted(known))}")
-        found[key] = value
-    return found
+@dataclass(frozen=True)
+class TenantConfig:
+    """One `[tenants.NAME]` table: who the tenant is, and how much it may have."""
+
+    uids: tuple[int, ...] = setting((), "users whose processes are this tenant")
+    token_file: str = setting("", "file (mode 0600) with the secret that proves this tenant")
+    cpu_quota: int | str = setting(0, "bytes of DRAM; 0: no bound")
+    ssd_quota: int | str = setting(0, "bytes on ssd; 0: no bound")
+
+    def __post_init__(self) -> None:
+        for name in ("cpu_quota", "ssd_quota"):
+            object.__setattr__(self, name, parse_bytes(getattr(self, name), name))
+        if not isinstance(self.uids, (list, tuple)) or not all(
+            _is_a(int, uid) and 0 <= uid < 1 << 32 for uid in self.uids
+        ):
+            raise ConfigError(f"uids: {self.uids!r} is not a list of user ids")
+        object.__setattr__(self, "uids", tuple(self.uids))
+        if not isinstance(self.token_file, str):
+            raise ConfigError(f"token_file: {self.token_file!r} is not a path")
+
+    @property
+    def cpu_quota_bytes(self) -> int:
+        return parse_bytes(self.cpu_quota)
+
+    @property
+    def ssd_quota_bytes(self) -> int:
+        return parse_bytes(self.ssd_quota)
 
 
-def _coerce(name: str, value: Any) -> Any:
-    """Turn text of a variable or flag into the type of the setting's default."""
-    default = getattr(StoreConfig, name)
-    if not isinstance(value, str) or isinstance(default, str):
-        return value
-    if isinstance(default, bool):
-        if value.lower() in ("1", "true", "yes", "on"):
-            return True
-        if value.lower() in ("0", "false", "no", "off"):
-            return False
-        raise ConfigError(f"{name}: {value!r} is not true or false")
+def _tenant(name: str, table: object) -> TenantConfig:
+    if isinstance(table, TenantConfig):
+        return table
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name) or name == "default":
+        raise ConfigError(f"tenants.{name}: not a name of letters, digits, '.', '_' and '-'")
+    if not isinstance(table, dict):
+        raise ConfigError(f"tenants.{name}: {table!r} is not a table")
+    known = {declared.name for declared in fields(TenantConfig)}
+    unknown = sorted(set(table) - known)
+    if unknown:
+        raise ConfigError(
+            f"tenants.{name}.{unknown[0]}: no such setting; there are {', '.join(sorted(known))}"
+        )
     try:
-        return type(default)(value) if name != "chunk" else value
-    except ValueError:
-        raise ConfigError(f"{name}: {value!r} is not a number") from None
+        return TenantConfig(**table)
+    except ConfigError as error:
+        raise ConfigError(f"tenants.{name}.{error}") from error
 
 
-def _read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
+@dataclass(frozen=True)
+class DaemonConfig(StoreConfig):
+    """The daemon, `kvstore serve`: an embedded store's settings and these."""
 
+    listen: str = setting("", "unix:/path; default kvstore.sock in the user's runtime directory")
+    tcp: str = setting("", "host:port for clients of other hosts; empty: none")
+    token_file: str = setting("", "file (mode 0600) with the secret that TCP clients prove")
+    http: str = setting("127.0.0.1:9470", "host:port of metrics and status page; empty: none")
+    client_writes: ClientWrites = setting(
+        "in_place", '"copy": clients never map the arena writable, puts go through the socket'
+    )
+    hold_seconds: float = setting(600.0, "how long DRAM content outlives a daemon that died")
+    state: str = setting("", "directory of lock and holder; default beside the socket")
+    scrub: int | str = setting("16MiB", "bytes a second that are checked in background; 0: none")
+    io_threads: int = setting(2, "threads that answer clients")
+    log_level: LogLevel = setting("info", "debug, info, warning or error")
+    log_format: LogFormat = setting("text", "text or json")
+    trace: str = setting("", "OTLP endpoint for traces; empty: none")
+    tenants: dict[str, TenantConfig] = field(
+        default_factory=dict, metadata={"help": "tables [tenants.NAME]"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "scrub", parse_bytes(self.scrub, "scrub"))
+        _check_choices(self, client_writes=ClientWrites, log_level=LogLevel, log_format=LogFormat)
+        for name in ("listen", "tcp", "token_file", "http", "state", "trace"):
+            if not isinstance(getattr(self, name), str):
+                raise ConfigError(f"{name}: {getattr(self, name)!r} is not text")
+        if not self.listen:
+            object.__setattr__(self, "listen", f"unix:{runtime_directory() / 'kvstore.sock'}")
+        _named("listen", unix_path, self.listen)
+        for name in ("tcp", "http"):
+            if getattr(self, name):
+                _named(name, tcp_address, getattr(self, name))
+        if not self.state:
+            object.__setattr__(self, "state", str(self.socket_path.with_suffix(".state")))
+        if not _is_a((int, float), self.hold_seconds) or not 0 <= self.hold_seconds < 1e9:
+            raise ConfigError(f"hold_seconds: {self.hold_seconds!r} is not a number of seconds")
+        if not _is_a(int, self.io_threads) or not 1 <= self.io_threads <= 64:
+            raise ConfigError(f"io_threads: {self.io_threads!r} is not between 1 and 64")
+        self._check_tenants()
+
+    def _check_tenants(self) -> None:
+        if not isinstance(self.tenants, dict):
+            raise ConfigError(f"tenants: {self.tenants!r} is not tables [tenants.NAME]")
+        tenants = {name: _tenant(name, table) for name, table in self.tenants.items()}
+        object.__setattr__(self, "tenants", tenants)
+        owners: dict[int, str] = {}
+        for name, tenant in tenants.items():
+            for uid in tenant.uids:
+                if uid in owners:
+                    raise ConfigError(
+                        f"tenants.{name}.uids: user {uid} is tenant {owners[uid]} already"
+                    )
+                owners[uid] = name
+
+    @property
+    def socket_path(self) -> Path:
+        return unix_path(self.listen)
+
+    @property
+    def scrub_bytes_per_second(self) -> int:
+        return parse_bytes(self.scrub)
+
+    @property
+    def is_open_to_the_network(self) -> bool:
+        """Whether other hosts can reach `tcp`."""
+        return bool(self.tcp) and not is_loopback(tcp_address(self.tcp)[0])
+
+
+def _named(name: str, parse: Any, value: str) -> None:
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"config: cannot read {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config: {path} is not TOML: {error}") from error
+        parse(value)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {str(error).partition(': ')[2]}") from error
+
+
+def _all_names() -> set[str]:
+    return {declared.name for declared in fields(DaemonConfig)}
 
 
 def load_config(
@@ -177,7 +279,9 @@ def load_config(
     environ: Mapping[str, str] | None = None,
     **overrides: Any,
 ) -> StoreConfig:
-    """Return the settings from a TOML file, then the environment, then `overrides`.
+    """Return an embedded store's settings: from a TOML file, the environment, then `overrides`.
+
+    Settings of the daemon in the file or the environment are left alone.
 
     Args:
         path: a TOML file whose top-level keys are settings; None for none.
@@ -187,13 +291,24 @@ def load_config(
     Raises:
         ConfigError: the file is missing or not TOML, a name is unknown, or a value is wrong.
     """
-    values: dict[str, Any] = {}
-    if path is not None:
-        values.update(_read_toml(path))
-    values.update(_environment(os.environ if environ is None else environ))
-    values.update({name: value for name, value in overrides.items() if value is not None})
-    known = {field.name for field in fields(StoreConfig)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise ConfigError(f"{unknown[0]}: no such setting; there are {', '.join(sorted(known))}")
-    return StoreConfig(**{name: _coerce(name, value) for name, value in values.items()})
+    found = collect(
+        StoreConfig, _all_names(), path, environ, overrides, origin=lambda _: "argument"
+    )
+    return build(StoreConfig, found)
+
+
+def load_daemon_config(
+    path: str | os.PathLike[str] | None = None,
+    environ: Mapping[str, str] | None = None,
+    **flags: Any,
+) -> tuple[DaemonConfig, dict[str, Setting]]:
+    """Return the daemon's settings as `load_config` does, and which of them were set, and where."""
+    found = collect(
+        DaemonConfig,
+        _all_names(),
+        path,
+        environ,
+        flags,
+        origin=lambda name: "--" + name.replace("_", "-"),
+    )
+    return build(DaemonConfig, found), found

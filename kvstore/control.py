@@ -22,21 +22,33 @@ from kvstore.transfer import TransferResult
 Ack = Literal["memory", "ssd", "durable"]
 ACK_LEVELS: tuple[Ack, ...] = ("memory", "ssd", "durable")
 
-# ReserveStatus in csrc/core/store_core.h
-RESERVED, PRESENT, PENDING, NO_SPACE, ORPHAN = range(5)
+# ReserveStatus in csrc/core/store_core.h; the last is a client's own: the daemon is away
+RESERVED, PRESENT, PENDING, NO_SPACE, ORPHAN, UNAVAILABLE = range(6)
 
 Offsets = npt.NDArray[np.uint64]
 
 
 @dataclass(slots=True)
 class Granted:
-    """Leading blocks pinned for a reader: places in the arena, valid until the lease ends."""
+    """Leading blocks pinned for a reader: places in an arena, valid until the lease ends."""
 
     lease: int  # 0: none
     offsets: Offsets
     header_offsets: Offsets  # where each slot's sequence number lies
     sequences: Offsets  # what it reads as long as the slot holds the block
     checksums: Offsets
+    arena: npt.NDArray[np.uint8]  # the whole of it, mapped here; stays mapped while referenced
+    address: int  # where it begins
+
+
+class SlotWriters(Protocol):
+    """Counts those who write into a reservation's slots, which may cease to be ours meanwhile."""
+
+    def begin(self) -> bool:
+        """Return whether the slots are still ours to write. Each True needs one `end`."""
+        ...
+
+    def end(self) -> None: ...
 
 
 @dataclass(slots=True)
@@ -46,20 +58,39 @@ class Reserved:
     reservation: int  # 0: none
     statuses: npt.NDArray[np.uint8]
     offsets: Offsets
+    arena: npt.NDArray[np.uint8]  # writable; stays mapped while referenced
+    address: int  # where it begins
+    writers: SlotWriters | None = None  # None: ours for as long as the store is open
 
 
 class Control(Protocol):
-    """All methods are thread-safe, and bounded in time by their `timeout` where they have one."""
+    """All methods are thread-safe, and bounded in time by their `timeout` where they have one.
+
+    A control whose decisions are made elsewhere may lose who makes them. Then looking and reading
+    find nothing, `reserve` says UNAVAILABLE, and what must not be pretended (`commit`, `remove`,
+    `clear`, `flush`, `describe`, `events`) raises PeerUnavailableError or DeadlineExceededError.
+    """
 
     @property
     def namespace(self) -> Namespace: ...
     @property
-    def arena(self) -> npt.NDArray[np.uint8]:
-        """The whole arena, mapped in this process."""
+    def piece_blocks(self) -> int | None:
+        """The most blocks that one acquire or reserve can take; None: any number."""
+        ...
+
+    def require_open(self) -> None:
+        """Raise StoreClosedError after `close`: leases and reservations ended with it."""
         ...
 
     def match(self, hashes: BlockHashes) -> int:
         """Return how many leading blocks are available in any tier."""
+        ...
+
+    def lookup(self, hashes: BlockHashes, prefetch: bool) -> tuple[int, int]:
+        """Return how many leading blocks are available, and how many of those are in DRAM.
+
+        With `prefetch`, start to read in the others.
+        """
         ...
 
     def residency(self, hashes: BlockHashes) -> npt.NDArray[np.uint8]:
@@ -75,14 +106,20 @@ class Control(Protocol):
         ...
 
     def acquire(self, hashes: BlockHashes, ttl: float | None, timeout: float) -> Granted:
-        """Pin leading blocks, reading in from lower tiers what arrives within `timeout`."""
+        """Grant leading blocks, reading in from lower tiers what arrives within `timeout`."""
+        ...
+
+    def pin(self, hashes: BlockHashes, timeout: float) -> tuple[int, int]:
+        """Keep leading blocks in DRAM without reading them: a lease without end, and how many."""
         ...
 
     def release(self, lease: int) -> bool:
         """End a lease; False when it had ended before."""
         ...
 
-    def reserve(self, hashes: BlockHashes) -> Reserved: ...
+    def reserve(self, hashes: BlockHashes, wait: float = 0.0) -> Reserved:
+        """Grant slots for what is not there yet; with `wait`, wait for room while there is none."""
+        ...
 
     def commit(
         self, reservation: int, checksums: Offsets, hashes: BlockHashes, ack: Ack
@@ -91,6 +128,8 @@ class Control(Protocol):
 
         Raises:
             StoreClosedError: the reservation is gone, nothing was published.
+            PeerUnavailableError, DeadlineExceededError: count it as not published. The future
+                may end with them too.
         """
         ...
 

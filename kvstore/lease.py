@@ -19,7 +19,8 @@ class Lease:
     """Leading blocks of a chain, pinned in the cpu tier.
 
     Use it as a context manager. The bytes stay in place until the lease is released; a lease that
-    outlives its time is noticed after the copy, and what was copied does not count.
+    outlives its time is noticed after the copy, and what was copied does not count. A store that is
+    reached through a socket fetches the bytes when it is acquired, and loads from that copy.
 
     Thread safety: `load` may run on several threads; `release` once.
     """
@@ -91,8 +92,8 @@ class Lease:
             raise ConfigError(
                 f"block_ids: {len(ids)} from block {first} on, but {self.num_blocks} are pinned"
             )
-        arena = self._control.arena
-        addresses = offsets + np.uint64(arena.ctypes.data)
+        self._control.require_open()
+        addresses = offsets + np.uint64(granted.address)
         num_good = len(ids)
         if layers is not None:
             begin, end = buffers.layer_range(layers[0], layers[1] - layers[0])
@@ -128,13 +129,22 @@ class Lease:
         """
         if self._released:
             raise StoreClosedError("the lease was released")
+        self._control.require_open()
         offset = int(self._granted.offsets[index])
-        view = self._control.arena[offset : offset + self._control.namespace.spec.block_bytes]
+        view = self._granted.arena[offset : offset + self._control.namespace.spec.block_bytes]
         view.flags.writeable = False
         return view
 
+    def num_intact(self) -> int:
+        """Return how many leading blocks are still those that were pinned.
+
+        What was read through `block` counts as far as this says afterwards. It is fewer than
+        `num_blocks` when the lease had expired, or when the daemon that knew of it died.
+        """
+        return _leading(self._still_there(slice(0, self.num_blocks)))
+
     def _still_there(self, chosen: slice) -> npt.NDArray[np.bool_]:
-        words = self._control.arena.view(np.uint64)
+        words = self._granted.arena.view(np.uint64)
         now = words[self._granted.header_offsets[chosen] >> np.uint64(3)]
         there: npt.NDArray[np.bool_] = now == self._granted.sequences[chosen]
         return there

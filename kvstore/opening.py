@@ -6,6 +6,7 @@ wire protocol and sockets for a caller who only hashes or only connects.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvstore.block import BlockSpec, Namespace
@@ -65,22 +66,40 @@ def store_of(control: Control, config: StoreConfig) -> Store:
 
 
 def connect(
-    address: str, namespace: Namespace | BlockSpec | str, *, spec: BlockSpec | None = None
+    address: str,
+    namespace: Namespace | BlockSpec | str,
+    *,
+    spec: BlockSpec | None = None,
+    timeout: float = 1.0,
+    token: str | Path | None = None,
+    tenant: str = "",
 ) -> Store:
-    """Connect to a store that another process of this host shares.
+    """Connect to the store that a daemon keeps, or that another process shares.
+
+    Errors are for now, when somebody reads them: once connected, a daemon that dies or hangs means
+    misses and refused puts until it is back, not exceptions in an engine's step.
 
     Args:
-        address: "unix:/path/to.sock", as given to `kvstore.share`.
+        address: "unix:/path/to.sock", or "tcp:host:port".
         namespace, spec: as for `kvstore.open`.
+        timeout: seconds that the daemon has to answer a call, on top of what the call itself asks
+            it to wait for.
+        token: the tenant's secret, or the `Path` of a file with mode 0600 that holds it.
+        tenant: whose blocks these are, where the daemon knows tenants.
 
     Raises:
-        PeerUnavailableError: nobody listens there.
-        IncompatibleError: whoever listens there speaks another protocol or version.
-        ConfigError: the address is wrong, or blocks of this size do not fit the daemon's arena.
+        PeerUnavailableError, DeadlineExceededError: nobody listens or answers there.
+        IncompatibleError: whoever does speaks another protocol or version, or does not know our
+            secret.
+        ConfigError: an argument is wrong, blocks of this size do not fit the daemon's arena, or the
+            daemon refuses tenant or secret.
     """
-    from kvstore.client import RemoteControl
+    from kvstore.client import RemoteControl, Target
 
-    control = RemoteControl(address, Namespace.of(namespace, spec))
+    if not 0 < timeout < float("inf"):
+        raise ConfigError(f"timeout: {timeout} is no number of seconds above 0")
+    name = Namespace.of(namespace, spec)
+    control = RemoteControl(Target.of(address, name, tenant, token), timeout)
     welcome = control.welcome
     return Store(
         control,
@@ -104,10 +123,10 @@ def share(store: Store, address: str) -> Server:
         ConfigError: the store is not an embedded one, or the address is wrong.
         InUseError: another server listens there.
     """
-    from kvstore.daemon.server import Server
+    from kvstore.daemon.server import share_tiers
     from kvstore.tiers.local import LocalControl
 
     control = store.control
     if not isinstance(control, LocalControl):
         raise ConfigError("store: only an embedded store can be shared")
-    return Server(control.tiers, address)
+    return share_tiers(control.tiers, address)

@@ -1,15 +1,16 @@
 """Store: lookup, acquire, load, put, prefetch, pin, remove.
 
 One class for the embedded store and for a client of a daemon: it copies bytes between the engine's
-buffers and the arena; what goes where is decided by its `Control`.
+buffers and an arena; what goes where is decided by its `Control`.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -17,16 +18,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvstore import _native
 from kvstore.block import BlockHashes, Namespace
 from kvstore.buffers import as_block_ids
 from kvstore.codec import CodecId
-from kvstore.control import ACK_LEVELS, PRESENT, RESERVED, Ack, Control
+from kvstore.control import Ack, Control
 from kvstore.errors import ConfigError, StoreClosedError
 from kvstore.events import Event
 from kvstore.layout import BlockBuffers
 from kvstore.lease import Lease
+from kvstore.puts import Put, check_ack
 from kvstore.records import records_from
+from kvstore.reservation import Reservation, Writers
+from kvstore.tracing import traced
 from kvstore.transfer import Transfer, TransferResult
 
 Hashes = BlockHashes | Sequence[bytes] | npt.NDArray[np.uint8]
@@ -54,147 +57,8 @@ class BlockInfo:
     checksum: int  # XXH3-64 of the payload
 
 
-class Reservation:
-    """Slots to be written in place, layer by layer if need be, then committed or aborted.
-
-    `wanted[i]` says whether block i of the hashes is to be written; the others are in the store
-    already, or cannot be (`commit` says why). Use it as a context manager: leaving without `commit`
-    aborts. A writer that dies leaves nothing visible.
-    """
-
-    __slots__ = (
-        "_addresses",
-        "_ended",
-        "_hashes",
-        "_id",
-        "_statuses",
-        "_store",
-        "_written",
-        "wanted",
-    )
-
-    def __init__(self, store: Store, hashes: BlockHashes) -> None:
-        control = store.control
-        reserved = control.reserve(hashes)
-        self._store = store
-        self._hashes = hashes
-        self._id = reserved.reservation  # 0: nothing to write
-        self._ended = False
-        self._written: list[tuple[int, int]] = []  # payload bytes [begin, end) of every block
-        self.wanted: npt.NDArray[np.bool_] = reserved.statuses == RESERVED
-        self._statuses = reserved.statuses
-        self._addresses = reserved.offsets[self.wanted] + np.uint64(control.arena.ctypes.data)
-
-    def write(
-        self, buffers: BlockBuffers, block_ids: object, layers: tuple[int, int] | None = None
-    ) -> None:
-        """Copy engine blocks into the reserved slots.
-
-        Args:
-            buffers: the engine's blocks.
-            block_ids: the engine block of each *wanted* block, shape (wanted.sum(),).
-            layers: copy only layers [a, b); all layers must be written before `commit`.
-        """
-        self._check_open()
-        buffers.require_block_bytes(self._store.namespace.spec.block_bytes)
-        ids = as_block_ids(block_ids)
-        if len(ids) != len(self._addresses):
-            raise ConfigError(f"block_ids: {len(ids)} given, {len(self._addresses)} are wanted")
-        threads = self._store.threads
-        with self._store.writing():
-            if layers is None:
-                begin, end = 0, buffers.block_bytes
-                _native.gather(buffers.plan, ids, self._addresses, None, threads)
-            else:
-                begin, end = buffers.layer_range(layers[0], layers[1] - layers[0])
-                _native.gather_range(buffers.plan, ids, self._addresses, begin, end, threads)
-        self._written.append((begin, end))
-
-    def commit(self, ack: Ack = "memory") -> Transfer:
-        """Publish the written blocks: checksums are computed, then readers may find them.
-
-        Raises:
-            ConfigError: some layers were not written: their bytes would be another block's.
-            StoreClosedError: the reservation was committed or aborted, or the store closed.
-        """
-        check_ack(ack)
-        self._check_open()
-        size = self._store.namespace.spec.block_bytes
-        if self._id:
-            self._check_whole(size)
-        sums = np.empty(len(self._addresses), np.uint64)
-        _native.checksum_blocks(self._addresses, size, sums, self._store.threads)
-        self._ended = True
-        return self._store.finish_put(self._id, sums, self._hashes, self._statuses, ack)
-
-    def abort(self) -> None:
-        """Give the slots back; nothing becomes visible. Does nothing after `commit` or `close`."""
-        if self._ended or self._store.closed:
-            return
-        self._ended = True
-        if self._id:
-            self._store.control.abort(self._id)
-
-    def _check_open(self) -> None:
-        if self._ended:
-            raise StoreClosedError("the reservation was committed or aborted")
-        _ = self._store.control  # raises when the store was closed and the slots are others' now
-
-    def _check_whole(self, size: int) -> None:
-        done = 0
-        for begin, end in sorted(self._written):
-            if begin > done:
-                break
-            done = max(done, end)
-        else:
-            begin = size
-        if done < size:
-            raise ConfigError(f"layers: bytes {done} to {begin} of the blocks were not written")
-
-    def __enter__(self) -> Reservation:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.abort()
-
-
-def check_ack(ack: str) -> None:
-    if ack not in ACK_LEVELS:
-        raise ConfigError(f"ack: {ack!r} is not one of {', '.join(ACK_LEVELS)}")
-
-
-class _Writers:
-    """Counts calls that write into slots. A slot must not be given back, and so to another writer,
-    while somebody still copies into it: the bytes would be published as the other's.
-    """
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition(threading.Lock())
-        self._count = 0
-        self._closed = False
-
-    def __enter__(self) -> None:
-        with self._changed:
-            if self._closed:
-                raise StoreClosedError("the store is closed")
-            self._count += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._changed:
-            self._count -= 1
-            if self._closed:
-                self._changed.notify_all()
-
-    def close(self) -> None:
-        """Let nobody in any more, and wait until all are out."""
-        with self._changed:
-            self._closed = True
-            self._changed.wait_for(lambda: self._count == 0)
+def _load_attributes(result: TransferResult, chain: BlockHashes) -> dict[str, int]:
+    return {"blocks": len(chain), "loaded_blocks": result.num_blocks}
 
 
 class Store:
@@ -202,9 +66,15 @@ class Store:
 
     Made by `kvstore.open` (embedded) or `kvstore.connect` (a daemon's). Methods that move bytes
     return a `Transfer`, which is done when they return unless `background=True` or a level above
-    "memory" was asked for. Thread-safe.
+    "memory" was asked for.
 
-    A miss is data, never an error. Every method raises StoreClosedError after `close`.
+    A miss is data, never an error. Every method raises StoreClosedError after `close`. With the
+    daemon away, lookups and loads miss, puts are refused (`num_unavailable`), and it is asked again
+    in the background; `remove`, `clear`, `describe`, `flush` and `events` raise
+    PeerUnavailableError or DeadlineExceededError.
+
+    Thread safety: all methods may be called from any thread. A client (`kvstore.connect`) may be
+    used in a forked child too: it connects anew there; leases and reservations stay the parent's.
     """
 
     def __init__(
@@ -223,8 +93,9 @@ class Store:
         self._lease_seconds = lease_seconds
         self._timeout = timeout
         self._pool: ThreadPoolExecutor | None = None
-        self._lock = threading.Lock()  # guards _pool and _closing
-        self._writers = _Writers()
+        self._pool_pid = 0  # a forked child has the pool, but not its threads
+        self._lock = threading.Lock()  # guards _pool, _pool_pid and _closing
+        self._writers = Writers()
         self._pins: dict[bytes, list[int]] = {}  # first block -> leases
         self._closing = False
         self._closed = False
@@ -247,25 +118,14 @@ class Store:
             raise StoreClosedError("the store is closed")
         return self._control
 
-    def writing(self) -> _Writers:
-        """Return a context in which slots are written: `close` waits for all of them to end."""
-        return self._writers
-
-    @property
-    def closed(self) -> bool:
-        return self._closed
-
     # --- looking
 
-    def lookup(self, hashes: Hashes) -> Hit:
-        """Return how many leading blocks are available, and from which tiers. Nothing is pinned."""
-        control = self.control
-        chain = BlockHashes.of(hashes)
-        num_blocks = control.match(chain)
-        if num_blocks == 0:
-            return Hit(0, 0, 0)
-        in_cpu = control.residency(chain[:num_blocks]) & 1
-        num_cpu = int(np.count_nonzero(in_cpu))
+    def lookup(self, hashes: Hashes, *, prefetch: bool = False) -> Hit:
+        """Return how many leading blocks are available, and from which tiers. Nothing is pinned.
+
+        With `prefetch`, those on ssd are read into DRAM in the background.
+        """
+        num_blocks, num_cpu = self.control.lookup(BlockHashes.of(hashes), prefetch)
         return Hit(num_blocks, num_cpu, num_blocks - num_cpu)
 
     def match(self, hashes: Hashes) -> int:
@@ -339,6 +199,7 @@ class Store:
             return self._submit(lambda: self._load(chain, buffers, ids, timeout))
         return Transfer(self._load(chain, buffers, ids, timeout))
 
+    @traced("load", lambda result, _, chain, *__: _load_attributes(result, chain))
     def _load(
         self,
         chain: BlockHashes,
@@ -346,13 +207,22 @@ class Store:
         ids: npt.NDArray[np.int64],
         timeout: float | None,
     ) -> TransferResult:
-        _ = self.control
+        control = self.control
         if self._fast_load is not None:
             loaded, is_all = self._fast_load(chain, buffers.plan, ids, self._verify, self.threads)
             if is_all:
                 return TransferResult(loaded, num_missed=len(chain) - loaded)
-        with self.acquire(chain, timeout=timeout) as lease:
-            loaded = lease.load(buffers, ids[: len(lease)]) if len(lease) else 0
+        deadline = time.monotonic() + (self._timeout if timeout is None else timeout)
+        piece = control.piece_blocks or max(len(chain), 1)
+        loaded = 0
+        for begin in range(0, len(chain), piece):
+            part = chain[begin : begin + piece] if piece < len(chain) else chain
+            left = max(0.0, deadline - time.monotonic())
+            with self.acquire(part, timeout=left) as lease:
+                if len(lease):
+                    loaded += lease.load(buffers, ids[begin : begin + len(lease)])
+            if loaded < begin + len(part):
+                break
         return TransferResult(loaded, num_missed=len(chain) - loaded)
 
     def prefetch(self, hashes: Hashes) -> Transfer:
@@ -369,8 +239,9 @@ class Store:
         *,
         ack: Ack = "memory",
         background: bool = False,
+        wait: float = 0.0,
     ) -> Transfer:
-        """Copy engine blocks into the store. Never waits for room: a full store evicts or refuses.
+        """Copy engine blocks into the store; a full store evicts, or refuses.
 
         Args:
             hashes: block i is engine block `block_ids[i]`. Hashes that know their chain (from
@@ -380,83 +251,50 @@ class Store:
             ack: the level at which the transfer is done: "memory", "ssd" (survives kill -9), or
                 "durable" (survives power loss).
             background: return at once; the engine must not change the blocks until it is done.
+            wait: seconds to wait for room where every slot is leased or being written. By default
+                a put never waits for room: the engine's step must not depend on the cache.
         """
         check_ack(ack)
         chain = BlockHashes.of(hashes)
         ids = self._ids(chain, block_ids)
         buffers.require_block_bytes(self._block_bytes)
         if background:
-            return self._submit(lambda: self._put(chain, buffers, ids, ack).wait())
-        return self._put(chain, buffers, ids, ack)
+            return self._submit(lambda: self._put(chain, buffers, ids, ack, wait).wait())
+        return self._put(chain, buffers, ids, ack, wait)
 
+    @traced("put", lambda _, __, chain, *___: {"blocks": len(chain)})
     def _put(
-        self, chain: BlockHashes, buffers: BlockBuffers, ids: npt.NDArray[np.int64], ack: Ack
-    ) -> Transfer:
-        control = self.control
-        with self._writers:
-            if self._fast_put is not None and ack == "memory":
-                return Transfer(self._fast_put(chain, buffers.plan, ids, self.threads))
-            return self._reserve_and_put(control, chain, buffers, ids, ack)
-
-    def _reserve_and_put(
         self,
-        control: Control,
         chain: BlockHashes,
         buffers: BlockBuffers,
         ids: npt.NDArray[np.int64],
         ack: Ack,
+        wait: float,
     ) -> Transfer:
-        reserved = control.reserve(chain)
-        wanted = reserved.statuses == RESERVED
-        addresses = reserved.offsets[wanted] + np.uint64(control.arena.ctypes.data)
-        sums = np.empty(len(addresses), np.uint64)
-        try:
-            _native.gather(buffers.plan, ids[wanted], addresses, sums, self.threads)
-        except BaseException:
-            control.abort(reserved.reservation)
-            raise
-        return self.finish_put(reserved.reservation, sums, chain, reserved.statuses, ack)
+        control = self.control
+        with self._writers:
+            if self._fast_put is not None and ack == "memory" and wait <= 0:
+                return Transfer(self._fast_put(chain, buffers.plan, ids, self.threads))
+            put = Put(control, chain, buffers, ids, ack, self.threads)
+            return put.run(wait, lambda: self._closing)
 
     def reserve(self, hashes: Hashes) -> Reservation:
         """Reserve slots to be written in place: the two-phase form of `put`."""
-        return Reservation(self, BlockHashes.of(hashes))
-
-    def finish_put(
-        self,
-        reservation: int,
-        checksums: npt.NDArray[np.uint64],
-        chain: BlockHashes,
-        statuses: npt.NDArray[np.uint8],
-        ack: Ack,
-    ) -> Transfer:
-        """Commit, and turn the level's future into a transfer. For `Reservation` and `put`."""
-        level = self.control.commit(reservation, checksums, chain, ack)
-        if level is None:
-            return Transfer(_result_of(statuses, "memory"))
-        done: Future[TransferResult] = Future()
-
-        def finish(reached: Future[Ack]) -> None:
-            error = reached.exception()
-            if error is not None:
-                done.set_exception(error)
-            else:
-                done.set_result(_result_of(statuses, reached.result()))
-
-        level.add_done_callback(finish)
-        return Transfer(future=done)
+        return Reservation(self.control, BlockHashes.of(hashes), self._writers, self.threads)
 
     # --- keeping and removing
 
     def pin(self, hashes: Hashes) -> int:
         """Keep leading blocks in DRAM until `unpin`; return how many are pinned now.
 
-        Pins count as leases: they go with the store, and a store full of pins refuses puts.
+        Pins count as leases: they go with the store, and a store full of pins refuses puts. A
+        daemon that was started again has forgotten them.
         """
         chain = BlockHashes.of(hashes)
-        granted = self.control.acquire(chain, None, self._timeout)
-        if granted.lease:
-            self._pins.setdefault(chain[0], []).append(granted.lease)
-        return len(granted.offsets)
+        lease, num_blocks = self.control.pin(chain, self._timeout)
+        if lease:
+            self._pins.setdefault(chain[0], []).append(lease)
+        return num_blocks
 
     def unpin(self, hashes: Hashes) -> None:
         """End all pins that start at the same first block."""
@@ -523,8 +361,9 @@ class Store:
         with self._lock:
             if self._closing:
                 raise StoreClosedError("the store is closed")
-            if self._pool is None:
+            if self._pool is None or self._pool_pid != os.getpid():
                 self._pool = ThreadPoolExecutor(2, thread_name_prefix="kvstore-transfer")
+                self._pool_pid = os.getpid()
             return Transfer(future=self._pool.submit(work))
 
     def _ids(self, chain: BlockHashes, block_ids: object) -> npt.NDArray[np.int64]:
@@ -534,14 +373,6 @@ class Store:
         if len(ids) != len(chain):
             raise ConfigError(f"block_ids: {len(ids)} given for {len(chain)} hashes")
         return ids
-
-
-def _result_of(statuses: npt.NDArray[np.uint8], ack: str) -> TransferResult:
-    """Return a put's result from its blocks' reserve statuses."""
-    elsewhere = np.flatnonzero((statuses != RESERVED) & (statuses != PRESENT))
-    leading = int(elsewhere[0]) if len(elsewhere) else len(statuses)
-    stored, present, pending, no_space, orphan = np.bincount(statuses, minlength=5).tolist()
-    return TransferResult(leading, stored, present, pending, no_space, orphan, ack=ack)
 
 
 def _info(row: np.void, tiers: int) -> BlockInfo:

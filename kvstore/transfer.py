@@ -7,8 +7,9 @@ background. Both are polled, waited for, and awaited in the same way.
 from __future__ import annotations
 
 import concurrent.futures
+import threading
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from kvstore.errors import DeadlineExceededError, StoreClosedError
@@ -28,8 +29,15 @@ class TransferResult:
     num_pending: int = 0  # put: another writer has them in hand
     num_no_space: int = 0  # put: every slot is leased or being written
     num_orphan: int = 0  # put: the block before is not in the store
+    num_unavailable: int = 0  # put: the daemon is away, or went while it was asked
     num_missed: int = 0  # load, prefetch: not there, or failed their checksum
     ack: str = ""  # put: the level reached for all stored blocks: memory, ssd or durable
+
+
+_LEVELS = ("", "memory", "ssd", "durable")
+_COUNTS = tuple(
+    field.name for field in fields(TransferResult) if field.name not in ("num_blocks", "ack")
+)
 
 
 class Transfer:
@@ -90,3 +98,41 @@ class Transfer:
             if self._future.cancelled():
                 return self.wait(0)  # says that the store was closed
             raise
+
+
+def join(transfers: list[Transfer]) -> Transfer:
+    """Return the transfer of a batch from those of its consecutive pieces."""
+    if all(transfer.done() for transfer in transfers):
+        return Transfer(_sum([transfer.wait(0) for transfer in transfers]))
+    future: concurrent.futures.Future[TransferResult] = concurrent.futures.Future()
+    lock = threading.Lock()
+    num_left = len(transfers)
+
+    def one_done() -> None:
+        nonlocal num_left
+        with lock:
+            num_left -= 1
+            if num_left:
+                return
+        try:
+            future.set_result(_sum([transfer.wait(0) for transfer in transfers]))
+        except Exception as error:  # noqa: BLE001  whatever stopped a piece stopped the whole
+            future.set_exception(error)
+
+    for transfer in transfers:
+        transfer.then(one_done)
+    return Transfer(future=future)
+
+
+def _sum(pieces: list[TransferResult]) -> TransferResult:
+    """The result of a batch whose pieces follow on each other: of levels the lowest."""
+    total = TransferResult(0, ack=min((piece.ack for piece in pieces), key=_LEVELS.index))
+    is_leading = True
+    for piece in pieces:
+        if is_leading:
+            total.num_blocks += piece.num_blocks
+        counts = [getattr(piece, name) for name in _COUNTS]
+        for name, count in zip(_COUNTS, counts, strict=True):
+            setattr(total, name, getattr(total, name) + count)
+        is_leading = is_leading and piece.num_blocks == sum(counts)
+    return total

@@ -1,10 +1,47 @@
 #include "copy/verify.h"
 
-#include <algorithm>
+#include <vector>
 
 #include "copy/copy.h"
 
 namespace kvstore {
+
+namespace {
+
+// Blocks are checked once after an adoption, while somebody waits for them.
+constexpr int kThreads = 4;
+
+// The first of the granted blocks that is damaged, or `held`. Tells the core of the sound ones.
+std::size_t CheckUnverified(StoreCore &core, NamespaceId ns, const BlockHash *hashes, Grant *grants,
+                            std::size_t held) {
+    std::vector<std::size_t> places;
+    std::vector<const std::uint8_t *> blocks;
+    for (std::size_t i = 0; i < held; ++i) {
+        if (!grants[i].unverified) continue;
+        places.push_back(i);
+        blocks.push_back(core.arena().base() + grants[i].payload_offset);
+    }
+    if (places.empty()) return held;
+    std::vector<std::uint64_t> checksums(places.size());
+    ChecksumBlocks(blocks.data(), blocks.size(), core.block_bytes(ns), checksums.data(), kThreads);
+    std::vector<BlockHash> sound;
+    std::vector<std::uint64_t> sequences;
+    std::size_t damaged = held;
+    for (std::size_t i = 0; i < places.size() && damaged == held; ++i) {
+        Grant &grant = grants[places[i]];
+        if (checksums[i] == grant.checksum) {
+            sound.push_back(hashes[places[i]]);
+            sequences.push_back(grant.sequence);
+            grant.unverified = false;
+        } else {
+            damaged = places[i];
+        }
+    }
+    core.MarkVerified(ns, sound.data(), sequences.data(), sound.size());
+    return damaged;
+}
+
+}  // namespace
 
 std::size_t AcquireVerified(StoreCore &core, OwnerId owner, NamespaceId ns, const BlockHash *hashes,
                             std::size_t n, std::int64_t expires_ns, bool use, LeaseId *lease,
@@ -12,19 +49,7 @@ std::size_t AcquireVerified(StoreCore &core, OwnerId owner, NamespaceId ns, cons
     *num_damaged = 0;
     for (;;) {
         const std::size_t held = core.Acquire(owner, ns, hashes, n, expires_ns, use, lease, grants);
-        const Grant *first = std::find_if(grants, grants + held,
-                                          [](const Grant &grant) { return grant.unverified; });
-        if (first == grants + held) return held;
-        const std::size_t block_bytes = core.block_bytes(ns);
-        std::size_t sound = static_cast<std::size_t>(first - grants);
-        for (; sound < held; ++sound) {
-            Grant &grant = grants[sound];
-            if (!grant.unverified) continue;
-            const std::uint8_t *payload = core.arena().base() + grant.payload_offset;
-            if (Xxh3(payload, block_bytes) != grant.checksum) break;
-            core.MarkVerified(ns, &hashes[sound], &grant.sequence, 1);
-            grant.unverified = false;
-        }
+        const std::size_t sound = CheckUnverified(core, ns, hashes, grants, held);
         if (sound == held) return held;
         // What follows the damaged block goes with it, so the lease is taken anew without it.
         core.Release(owner, *lease);

@@ -379,6 +379,7 @@ private:
     bool MakeRoomInQuota(const NamespaceInfo &space);
     std::int64_t OverShare(const Tenant &tenant) const;
     bool MayTakeFrom(TenantId giver, TenantId taker) const;
+    bool MayTakeAll(const std::vector<EntryId> &leaving, TenantId taker) const;
     bool StealChunk(const NamespaceInfo &space);
     bool EmptyChunk(SizeClass donor, std::uint32_t chunk, TenantId taker);
     void CollectSubtree(EntryId root, std::vector<EntryId> *subtree) const;

@@ -61,7 +61,6 @@ bool StoreCore::EmptyChunk(SizeClass donor, std::uint32_t chunk, TenantId taker)
         const EntryId id = classes_[donor].owner_of[slot];
         if (id == kNoEntry) continue;
         if (id == kQuarantined || index_[id].detached) return false;
-        if (!MayTakeFrom(namespaces_[index_[id].namespace_id].tenant, taker)) return false;
         CollectSubtree(id, &leaving);
     }
     for (const EntryId id : leaving) {
@@ -75,6 +74,7 @@ bool StoreCore::EmptyChunk(SizeClass donor, std::uint32_t chunk, TenantId taker)
         return std::pair(index_[a].depth, a) > std::pair(index_[b].depth, b);
     });
     leaving.erase(std::unique(leaving.begin(), leaving.end()), leaving.end());
+    if (tenants_.size() > 1 && !MayTakeAll(leaving, taker)) return false;
     for (const EntryId id : leaving) {
         if (index_[id].slot == kNoSlot) continue;
         PolicyOf(index_[id]).Remove(index_[id].slot);

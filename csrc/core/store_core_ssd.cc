@@ -163,6 +163,7 @@ std::size_t StoreCore::Restore(const SsdRecord *records, std::size_t n) {
     std::vector<EntryId> ids(n, kNoEntry);
     for (std::size_t i = 0; i < n; ++i) {
         const SsdRecord &record = records[i];
+        if (record.place.segment == kNotOnSsd) continue;  // whoever wrote that record was not us
         if (index_.Find(record.namespace_id, record.hash) != kNoEntry) continue;
         ids[i] = index_.Insert(record.namespace_id, record.hash);
         ++stats_.blocks;

@@ -41,6 +41,25 @@ bool StoreCore::MayTakeFrom(TenantId giver, TenantId taker) const {
     return giver == taker || OverShare(tenants_[giver]) > OverShare(tenants_[taker]);
 }
 
+// A chunk may hold blocks of several tenants and the heads of long chains, so it is taken as a
+// whole only when no other tenant ends up further below its share than the one that takes.
+bool StoreCore::MayTakeAll(const std::vector<EntryId> &leaving, TenantId taker) const {
+    std::vector<std::int64_t> taken(tenants_.size());
+    for (const EntryId id : leaving) {
+        const Entry &entry = index_[id];
+        if (entry.slot == kNoSlot) continue;
+        taken[namespaces_[entry.namespace_id].tenant] +=
+            static_cast<std::int64_t>(arena_->slot_bytes(ClassOf(entry)));
+    }
+    for (TenantId giver = 0; giver < tenants_.size(); ++giver) {
+        if (giver != taker && taken[giver] > 0 &&
+            OverShare(tenants_[giver]) - taken[giver] < OverShare(tenants_[taker])) {
+            return false;
+        }
+    }
+    return true;
+}
+
 // Room for one more slot within the tenant's own quota, from blocks of the same size if possible.
 bool StoreCore::MakeRoomInQuota(const NamespaceInfo &space) {
     const TenantStats &stats = tenants_[space.tenant].stats;

@@ -185,6 +185,8 @@ void Connection::CountAcquire(const Chain &chain, std::size_t held, bool damaged
     NetCounters &counters = services_.counters;
     AddTo(counters.queried_blocks, chain.n);
     AddTo(counters.hit_cpu_blocks, held);
+    AddTo(counters.queried_tokens, chain.n * client_->terms.block_tokens);
+    AddTo(counters.hit_cpu_tokens, held * client_->terms.block_tokens);
     AddTo(counters.loaded_bytes, held * client_->terms.block_bytes);
     if (held > 0 && chain.start <= 0) services_.AddUse(ns(), chain.hashes[0], held);
     if (held > 0 && client_->terms.notice_used) Notice(kNoticeUsed, chain, held);
@@ -200,7 +202,7 @@ void Connection::CountAcquire(const Chain &chain, std::size_t held, bool damaged
         case MissReason::kEvicted:
             return AddTo(counters.missed_evicted_blocks, missed);
         case MissReason::kAvailable:
-            return AddTo(counters.missed_deadline_blocks, missed);
+            return AddTo(counters.missed_ssd_blocks, missed);
     }
 }
 

@@ -28,6 +28,7 @@ struct ClientTerms {
     OwnerId owner = 0;
     std::int64_t namespace_id = -1;  // < 0: none, and only CALL and PING work
     std::size_t block_bytes = 0;     // of the namespace
+    std::size_t block_tokens = 0;    // the same
     bool may_map = false;
     bool may_map_writable = false;
     bool notices = false;      // there is an ssd tier to tell

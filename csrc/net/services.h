@@ -30,8 +30,10 @@ struct NetCounters {
     Count missed_absent_blocks{0};
     Count missed_pending_blocks{0};
     Count missed_evicted_blocks{0};
-    Count missed_deadline_blocks{0};  // on ssd, and the caller did not wait for it
+    Count missed_ssd_blocks{0};  // on ssd, but the caller did not wait for it
     Count missed_corrupt_blocks{0};
+    Count queried_tokens{0};
+    Count hit_cpu_tokens{0};
     Count loaded_bytes{0};
     Count stored_bytes{0};
     Count read_bytes{0};     // payload sent by READ

@@ -128,7 +128,7 @@ std::int64_t DeadlineNs(double seconds) {
 
 bool AddClient(PyServer &self, std::uint64_t connection, std::uint64_t client, std::uint64_t owner,
                std::int64_t namespace_id, bool may_map, bool may_map_writable, bool notices,
-               bool notice_used, const std::string &label) {
+               bool notice_used, const std::string &label, std::size_t block_tokens) {
     ClientTerms terms;
     if (client == 0) throw std::invalid_argument("client must not be 0");
     if (namespace_id >= 0) {
@@ -145,6 +145,7 @@ bool AddClient(PyServer &self, std::uint64_t connection, std::uint64_t client, s
     terms.notices = notices;
     terms.notice_used = notice_used;
     terms.label = label;
+    terms.block_tokens = block_tokens;
     return self.services().roster.AddClient(connection, std::move(terms));
 }
 
@@ -177,8 +178,10 @@ py::dict Stats(PyServer &self) {
     KV_COUNT(missed_absent_blocks);
     KV_COUNT(missed_pending_blocks);
     KV_COUNT(missed_evicted_blocks);
-    KV_COUNT(missed_deadline_blocks);
+    KV_COUNT(missed_ssd_blocks);
     KV_COUNT(missed_corrupt_blocks);
+    KV_COUNT(queried_tokens);
+    KV_COUNT(hit_cpu_tokens);
     KV_COUNT(loaded_bytes);
     KV_COUNT(stored_bytes);
     KV_COUNT(read_bytes);
@@ -265,7 +268,7 @@ void BindServer(py::module_ &m) {
             "timeout"_a)
         .def("add_client", &AddClient, "connection"_a, "client"_a, "owner"_a, "namespace_id"_a,
              py::kw_only(), "may_map"_a, "may_map_writable"_a, "notices"_a, "notice_used"_a,
-             "label"_a)
+             "label"_a, "block_tokens"_a = 0)
         .def(
             "join_client",
             [](PyServer &self, std::uint64_t connection, std::uint64_t client) {

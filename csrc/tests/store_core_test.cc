@@ -1,19 +1,23 @@
-// Several threads put, load, lease, remove, clear and watch on one StoreCore of few slots, with
-// each policy, for the sanitizers.
+// Several threads put, load, lease, remove, clear, scrub and watch on one StoreCore of few slots
+// and two tenants, with each policy, for the sanitizers; then another StoreCore adopts the arena.
 //
 // A block's bytes follow from its number and the writer's turn at it must not matter, so every load
 // compares every byte; and each thread releases what it holds, so that in the end nothing is left.
 #include "core/store_core.h"
 
+#include <unistd.h>
+
 #include <atomic>
 #include <cstdio>
 #include <cstring>
+#include <memory>
 #include <random>
 #include <thread>
 #include <vector>
 
 #include "copy/block_io.h"
 #include "copy/copy.h"
+#include "copy/scrub.h"
 #include "core/check.h"
 #include "core/eviction.h"
 
@@ -188,6 +192,9 @@ private:
         core_.WaitFor(ns_, hashes_, kChainBlocks, 0, 1, SteadyNowNs());
         core_.EventsAfter(ns_, core_.EventSequence(ns_) / 2);
         core_.Stats();
+        core_.StatsOf(1);
+        core_.Why(ns_, hashes_[dice_() % kChainBlocks]);
+        core_.WaitForChange(core_.ChangeCount() - dice_() % 2, SteadyNowNs() + 1000);
         core_.ExpireLeases();
     }
 
@@ -227,14 +234,49 @@ private:
     std::size_t leftover_ = 0;
 };
 
-void TestThreads(const std::string &policy) {
+// Every block that a new process finds in the arena has its bytes.
+void CheckAdopted(int fd, const std::string &policy, std::size_t expected) {
     std::string error;
-    auto arena = Arena::Create(20 * 8192, 5 * 8192, false, &error);
+    auto arena = Arena::Adopt(fd, &error);
     KV_CHECK(arena != nullptr);
     StoreCore core(std::move(arena), policy);
     NamespaceId large = 0;
     NamespaceId same = 0;
-    KV_CHECK(core.AddNamespace(kBlockBytes, &large) && core.AddNamespace(kBlockBytes, &same));
+    KV_CHECK(core.AddNamespace(kBlockBytes, &same) && core.AddNamespace(kBlockBytes, &large));
+    const RecoverResult found = core.Recover({{0, large}, {1, same}});
+    KV_CHECK(found.adopted == expected && found.quarantined == 0);
+    KV_CHECK(Scrub(core, 0, SIZE_MAX).num_damaged == 0);
+    const OwnerId owner = core.NewOwner();
+    Engine engine;
+    std::int64_t ids[kChainBlocks];
+    for (std::size_t i = 0; i < kChainBlocks; ++i) ids[i] = static_cast<std::int64_t>(i);
+    for (const NamespaceId ns : {large, same}) {
+        for (std::size_t chain = 0; chain < kChains; ++chain) {
+            BlockHash hashes[kChainBlocks];
+            for (std::size_t i = 0; i < kChainBlocks; ++i) hashes[i] = HashOf(chain, i);
+            const LoadResult result =
+                LoadBlocks(core, owner, ns, hashes, kChainBlocks, engine.plan, ids, true, 1);
+            KV_CHECK(!result.corrupt);
+            for (std::size_t i = 0; i < result.num_loaded; ++i) {
+                KV_CHECK(engine.block(i)[kBlockBytes / 2] == ByteOf(hashes[i]));
+            }
+        }
+    }
+    core.Clear(large);
+    core.Clear(same);
+    const CoreStats stats = core.Stats();
+    KV_CHECK(stats.leases == 0 && stats.blocks == 0 && stats.cpu_blocks == 0);
+    KV_CHECK(stats.cpu_used_bytes == 0 && stats.unverified == 0);
+}
+
+// Returns how many blocks are left in the arena.
+std::size_t TestThreads(std::unique_ptr<Arena> arena, const std::string &policy) {
+    StoreCore core(std::move(arena), policy);
+    const TenantId guest = core.AddTenant(6 * 8192, 3 * 8192);
+    NamespaceId large = 0;
+    NamespaceId same = 0;
+    KV_CHECK(core.AddNamespace(kBlockBytes, &large) &&
+             core.AddNamespace(kBlockBytes, &same, guest));
     core.EnableEvents(64);
     std::vector<Worker> workers;
     workers.reserve(3);
@@ -243,16 +285,49 @@ void TestThreads(const std::string &policy) {
     }
     std::vector<std::thread> threads;
     for (Worker &worker : workers) threads.emplace_back(&Worker::Run, &worker);
+    std::atomic<bool> done{false};
+    std::thread scrubber([&] {
+        std::uint64_t cursor = 0;
+        while (!done.load()) {
+            const ScrubResult result = Scrub(core, cursor, 3 * kBlockBytes);
+            KV_CHECK(result.num_damaged == 0);
+            KV_CHECK(core.StatsOf(guest).cpu_used_bytes <= 6 * 8192);
+            cursor = result.cursor;
+        }
+    });
     for (std::thread &thread : threads) thread.join();
+    done.store(true);
+    scrubber.join();
     std::size_t loaded = 0;
     for (const Worker &worker : workers) loaded += worker.loaded();
     KV_CHECK(loaded > 0);
-    core.Clear(large);
-    core.Clear(same);
+    // The copies on ssd were only records, so what stands behind them alone is no block for the
+    // next process, which has no ssd.
+    for (const NamespaceId ns : {large, same}) {
+        for (std::size_t chain = 0; chain < kChains; ++chain) {
+            for (std::size_t i = 0; i < kChainBlocks; ++i) {
+                const BlockHash hash = HashOf(chain, i);
+                for (const SsdRecord &known : core.Describe(ns, &hash, 1)) {
+                    if (known.place.segment == kNotOnSsd) continue;
+                    core.DropSsd(ns, hash, known.place.segment, known.place.page);
+                }
+            }
+        }
+    }
     const CoreStats stats = core.Stats();
     KV_CHECK(stats.leases == 0 && stats.reservations == 0);
-    KV_CHECK(stats.blocks == 0 && stats.cpu_blocks == 0 && stats.ssd_blocks == 0);
-    KV_CHECK(stats.cpu_used_bytes == 0);
+    KV_CHECK(stats.ssd_blocks == 0 && stats.blocks == stats.cpu_blocks);
+    KV_CHECK(stats.cpu_used_bytes == stats.cpu_blocks * 8192);
+    return stats.cpu_blocks;
+}
+
+void TestThreadsThenAdopt(const std::string &policy) {
+    std::string error;
+    auto arena = Arena::Create(20 * 8192, 5 * 8192, false, &error);
+    KV_CHECK(arena != nullptr);
+    const int fd = dup(arena->fd());
+    CheckAdopted(fd, policy, TestThreads(std::move(arena), policy));
+    close(fd);
 }
 
 void TestWaitersWakeUp() {
@@ -280,7 +355,7 @@ void TestWaitersWakeUp() {
 }  // namespace
 
 int main() {
-    for (const std::string &policy : EvictionPolicyNames()) TestThreads(policy);
+    for (const std::string &policy : EvictionPolicyNames()) TestThreadsThenAdopt(policy);
     TestWaitersWakeUp();
     std::puts("store_core_test: ok");
 }

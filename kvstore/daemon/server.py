@@ -1,11 +1,13 @@
-"""Serves the tiers of this process to other processes of this host.
+"""Serves the tiers of this process to other processes.
 
-One thread a connection: a request is small, a batch of thousands of hashes, and most of its time is
-spent in the native core without the GIL. A client may open several connections; its leases and
-reservations are released when the last of them closes, however it died.
+The native server (csrc/net) answers what is asked often, on threads of its own and without the GIL.
+It hands over as *tasks* what needs Python: greetings, what waits for the ssd, and calls. One thread
+here takes tasks. It never waits: what may, goes to a lane (a thread with a bounded queue; greetings
+and looks have others than writes, so that a slow disk does not keep clients out), and what waits
+for a future goes to `Waiting`.
 
-Only the user who runs the server may connect: the socket's mode is 0600 and the peer's uid is
-checked.
+A client is admitted once and may then join with more connections. When its last one closes, however
+it died, the native server frees what it held and says so.
 """
 
 from __future__ import annotations
@@ -15,96 +17,138 @@ import logging
 import os
 import secrets
 import socket
-import struct
 import threading
-import time
-from collections.abc import Callable
-from concurrent.futures import TimeoutError as FutureTimeoutError
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-
-from kvstore import wire
+from kvstore import _native, wire
 from kvstore.address import unix_path
-from kvstore.block import BlockHashes, Namespace
-from kvstore.control import ACK_LEVELS
+from kvstore.block import Namespace
+from kvstore.daemon.processes import process_start
+from kvstore.daemon.requests import Administered, Client, Requests
+from kvstore.daemon.sockets import address_of, listen_unix, unlink_socket
+from kvstore.daemon.tenants import DEFAULT, Identity, Peer, Tenants
+from kvstore.daemon.waiting import Waiting
 from kvstore.errors import (
-    ConfigError,
-    DeadlineExceededError,
     IncompatibleError,
-    InUseError,
     KVStoreError,
+    OutOfSpaceError,
     PeerUnavailableError,
-    StorageError,
 )
+from kvstore.metrics import METRICS
+from kvstore.tiers.background import BackgroundThread
 from kvstore.tiers.local import LocalControl, Tiers
 
 log = logging.getLogger(__name__)
 
-CONNECTIONS_MAX = 256
-_ACCEPT_PAUSE_SECONDS = 0.05
-_TIMEOUT_SECONDS_MAX = 3600.0
-
-
-@dataclass(slots=True)
-class _Client:
-    control: LocalControl
-    num_connections: int = 0
+CONNECTIONS_MAX = 1024
+TASKS_MAX = 4096
+_LANE_TASKS_MAX = 1024
+_LOOK_LANES = 2
+_WAIT_LANES = 3
+_CLOSE_SECONDS = 5.0
+_DECLARED = frozenset(key for metric in METRICS for key in metric.stats_keys())
+_WAITING_CALLS = (wire.Flush, wire.Clear, wire.Remove, wire.AdminVerify)
+_NO_CLIENT = Client(0, b"", Identity("", is_own_user=False, may_administer=False), None, 0, -1)
 
 
 class Server:
-    """A listening socket and a thread for each connection.
+    """Listening sockets, the native server behind them, and who answers its tasks.
 
-    Thread safety: `_lock` guards `_clients` and `_connections`.
-
-    Raises:
-        ConfigError: the address is wrong, or something else than a socket lies there.
-        InUseError: another server listens there.
-        StorageError: the socket cannot be made.
+    Thread safety: `_lock` guards `_clients` and `_tokens`; `_tenants` belongs to the first look
+    lane, on which all greetings are.
     """
 
-    def __init__(self, tiers: Tiers, address: str) -> None:
+    def __init__(
+        self,
+        tiers: Tiers,
+        listeners: Sequence[socket.socket],
+        *,
+        tenants: Tenants | None = None,
+        client_writes: str = "in_place",
+        threads: int = 2,
+        epoch: bytes = b"",
+        administered: Administered | None = None,
+    ) -> None:
+        """Take over listening sockets; they are closed, and those of a path removed, by `close`."""
         self._tiers = tiers
-        self._path = unix_path(address)
+        self._listeners = list(listeners)
+        self.addresses = [address_of(listener) for listener in listeners]
+        self._tenants = tenants or Tenants({}, {}, os.geteuid())
+        self._may_write = client_writes == "in_place"
+        self.epoch = epoch or secrets.token_bytes(16)
         self._lock = threading.Lock()
-        self._clients: dict[bytes, _Client] = {}
-        self._connections: set[socket.socket] = set()
-        self._threads: list[threading.Thread] = []
+        self._clients: dict[int, Client] = {}
+        self._tokens: dict[bytes, int] = {}
         self._closing = False
-        self._listener = _listen(self._path)
-        self._acceptor = threading.Thread(target=self._accept, name="kvstore-accept", daemon=True)
-        self._acceptor.start()
+        self._waiting = Waiting()
+        self._native = _native.NativeServer(tiers.core, threads, CONNECTIONS_MAX, TASKS_MAX)
+        self._requests = Requests(tiers, self._waiting, self._reply, self.stats, administered)
+        self._look_lanes = _lanes("kvstore-look", _LOOK_LANES)
+        self._wait_lanes = _lanes("kvstore-wait", _WAIT_LANES)
+        self._thread = threading.Thread(target=self._run, name="kvstore-tasks", daemon=True)
+        tiers.outside.append(self._counted)
+        self._thread.start()
+        for listener in listeners:
+            self._native.listen(listener.fileno(), listener.family == socket.AF_UNIX)
 
     @property
     def address(self) -> str:
-        return f"unix:{self._path}"
+        return self.addresses[0]
+
+    @property
+    def native(self) -> _native.NativeServer:
+        return self._native
 
     @property
     def num_clients(self) -> int:
         with self._lock:
             return len(self._clients)
 
+    def has_client(self, number: int) -> bool:
+        with self._lock:
+            return number in self._clients
+
+    def stats(self) -> dict[str, Any]:
+        """Return the metrics of the tiers, what clients did included."""
+        return self._tiers.stats()
+
+    def _counted(self) -> dict[str, int]:
+        """What the native server counted, under the names of kvstore/metrics.py."""
+        found = {}
+        for key, value in self._native.stats().items():
+            counter = f"kvstore_{key}_total"
+            found[counter if counter in _DECLARED else f"kvstore_{key}"] = value
+        return {name: value for name, value in found.items() if name in _DECLARED}
+
+    def drain(self, timeout: float) -> bool:
+        """Reserve nothing any more, and wait for writes under way."""
+        return bool(self._native.drain(timeout))
+
     def close(self) -> None:
-        """Disconnect everybody, release what they held, remove the socket. Safe to call twice."""
+        """Disconnect everybody, release what they held, remove the sockets. Safe to call twice."""
         with self._lock:
             if self._closing:
                 return
             self._closing = True
-            connections = list(self._connections)
+        for address in self.addresses:
+            unlink_socket(address)
+        for listener in self._listeners:
+            listener.close()
+        with contextlib.suppress(ValueError):
+            self._tiers.outside.remove(self._counted)
+        self._native.stop()
+        self._thread.join(_CLOSE_SECONDS)
+        for lane in (*self._look_lanes, *self._wait_lanes):
+            lane.shutdown(_CLOSE_SECONDS)
+        with self._lock:
             clients = list(self._clients.values())
+            self._clients.clear()
+            self._tokens.clear()
         for client in clients:
-            client.control.close()  # ends waits under way
-        for connection in [self._listener, *connections]:
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-        self._acceptor.join()
-        self._listener.close()
-        for thread in self._threads:
-            thread.join()
-        self._path.unlink(missing_ok=True)
+            if client.control is not None:
+                client.control.close()
 
     def __enter__(self) -> Server:
         return self
@@ -117,213 +161,213 @@ class Server:
     ) -> None:
         self.close()
 
-    def _accept(self) -> None:
-        while True:
+    # --- tasks
+
+    def _reply(self, task: Any, body: bytes, status: int) -> bool:
+        return bool(self._native.reply(task.id, body, status))
+
+    def _run(self) -> None:
+        while not self._closing:
+            task = self._native.next_task(self._waiting.seconds_left())
+            self._waiting.expire()
+            if task is None:
+                continue
             try:
-                connection, _ = self._listener.accept()
-            except OSError as error:
-                if self._closing:
-                    return
-                log.warning("accept: %s", error)
-                time.sleep(_ACCEPT_PAUSE_SECONDS)  # out of descriptors: some client will leave
-                continue
-            thread = threading.Thread(
-                target=self._serve, args=(connection,), name="kvstore-connection", daemon=True
-            )
-            with self._lock:
-                refused = self._closing or len(self._connections) >= CONNECTIONS_MAX
-                if not refused:
-                    self._connections.add(connection)
-                    self._threads = [t for t in self._threads if t.is_alive()] + [thread]
-            if refused or _peer_uid(connection) != os.getuid():
-                with self._lock:
-                    self._connections.discard(connection)
-                connection.close()
-                continue
-            thread.start()
+                self._take(task)
+            except Exception:
+                # Without this thread nobody is answered any more.
+                self._tiers.counters.add("background_errors")
+                log.exception("a task of kind %d failed", task.kind)
 
-    def _serve(self, connection: socket.socket) -> None:
-        token = b""
+    def _take(self, task: Any) -> None:
+        """Answer a task, or hand it to a lane. Does not wait."""
+        kind, requests = task.kind, self._requests
+        if kind == wire.Op.GONE:
+            self._leave(task.client)
+        elif kind >= wire.Op.NOTICE_STORED:
+            requests.notice(task)
+        elif kind in (wire.Op.HELLO, wire.Op.AUTH):
+            # All on one lane: the handshakes under way are its own.
+            greet = self._greet if kind == wire.Op.HELLO else self._prove
+            self._hand_over(self._look_lanes[0], task, lambda: greet(task))
+        else:
+            client = self._client(task.client)
+            if kind == wire.Op.ACQUIRE:
+                requests.guarded(task, lambda: requests.acquire(task, client))
+            elif kind == wire.Op.QUIESCED:
+                requests.guarded(task, lambda: requests.quiesced(task, client))
+            elif kind == wire.Op.CALL:
+                lane = self._lane_of_call(task)
+                self._hand_over(lane, task, lambda: requests.call(task, client))
+            elif kind in (wire.Op.COMMIT, wire.Op.WRITE):
+                lane = self._wait_lane(task.client)
+                self._hand_over(lane, task, lambda: requests.commit(task, client))
+            else:
+                requests.guarded(task, lambda: _no_such(kind))
+
+    def _lane_of_call(self, task: Any) -> BackgroundThread:
         try:
-            token = self._greet(connection)
-            control = self._clients[token].control
-            while (request := wire.receive_request(connection)) is not None:
-                wire.send(connection, _answer(control, request))
-        except IncompatibleError as error:
-            with contextlib.suppress(OSError):
-                wire.send(connection, wire.Failure(type(error).__name__, str(error)))
-        except (OSError, KVStoreError) as error:
-            log.debug("connection ended: %s", error)
-        finally:
-            connection.close()
-            with self._lock:
-                self._connections.discard(connection)
-            self._leave(token)
+            waits = isinstance(wire.decode_call(task.body), _WAITING_CALLS)
+        except IncompatibleError:
+            waits = False  # refused there
+        if waits:
+            return self._wait_lane(task.client)
+        return self._look_lanes[-1]
 
-    def _greet(self, connection: socket.socket) -> bytes:
-        """Answer Hello; return the client's token.
+    def _wait_lane(self, client: int) -> BackgroundThread:
+        return self._wait_lanes[client % len(self._wait_lanes)]
 
-        Raises:
-            PeerUnavailableError: the peer went away, or was refused.
-        """
-        hello = wire.receive_request(connection)
-        if hello is None:
-            raise PeerUnavailableError("closed before Hello")
-        if not isinstance(hello, wire.Hello) or hello.version != wire.VERSION:
-            raise IncompatibleError(
-                f"the daemon speaks protocol {wire.VERSION} and wants Hello first"
-            )
+    def _hand_over(
+        self, lane: BackgroundThread, task: Any, step: Callable[[], bytes | None]
+    ) -> None:
         try:
-            namespace = Namespace.from_description(hello.namespace)
-            token = self._join(hello.client, namespace)
-        except (KVStoreError, TypeError, KeyError) as error:
-            kind = error if isinstance(error, KVStoreError) else ConfigError()
-            wire.send(connection, wire.Failure(type(kind).__name__, f"namespace: {error}"))
-            raise PeerUnavailableError("refused") from error
-        config = self._tiers.config
-        welcome = wire.Welcome(
-            token,
-            len(self._tiers.arena),
-            config.verify == "always",
-            config.threads,
-            config.lease_seconds,
-        )
-        wire.send(connection, welcome, None if hello.client else self._tiers.core.arena_fd)
-        return token
-
-    def _join(self, token: bytes, namespace: Namespace) -> bytes:
-        if not token:
-            token = secrets.token_bytes(16)
-            control = LocalControl(self._tiers, namespace, owns_tiers=False)
-            with self._lock:
-                self._clients[token] = _Client(control, 1)
-            return token
-        with self._lock:
-            client = self._clients.get(token)
-            if client is None or client.control.namespace.digest != namespace.digest:
-                raise IncompatibleError("no such client")
-            client.num_connections += 1
-        return token
-
-    def _leave(self, token: bytes) -> None:
-        with self._lock:
-            client = self._clients.get(token)
-            if client is None:
-                return
-            client.num_connections -= 1
-            if client.num_connections > 0:
-                return
-            del self._clients[token]
-        client.control.close()
-
-
-def _listen(path: Path) -> socket.socket:
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        if path.exists():
-            _remove_stale(path)
-        listener.bind(str(path))
-        os.chmod(path, 0o600)  # before listen: until then nobody can connect
-        listener.listen(64)
-    except OSError as error:
-        listener.close()
-        raise StorageError(error.errno or 0, f"address: unix:{path}: {error.strerror}") from error
-    except BaseException:
-        listener.close()
-        raise
-    return listener
-
-
-def _remove_stale(path: Path) -> None:
-    if not path.is_socket():
-        raise ConfigError(f"address: {path} exists and is not a socket")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(str(path))
-        except ConnectionRefusedError:
-            path.unlink()
+            queued = lane.submit(self._requests.guarded, task, step)
+        except RuntimeError:  # closing
             return
-    raise InUseError(f"address: another process listens at unix:{path}")
+        if queued is None:
+            error = OutOfSpaceError("the daemon has more to do than it can; try again")
+            self._reply(task, str(error).encode(), wire.status_of(error))
+
+    def _client(self, number: int) -> Client:
+        with self._lock:
+            return self._clients.get(number, _NO_CLIENT)
+
+    # --- greetings
+
+    def _greet(self, task: Any) -> bytes:
+        hello = wire.decode_hello(task.body)
+        if hello.version != wire.VERSION:
+            raise IncompatibleError(
+                f"the daemon speaks protocol {wire.VERSION}, the client {hello.version}"
+            )
+        identity = self._tenants.identify(Peer(task.is_local, task.peer_uid), hello.tenant)
+        if identity is None:
+            return wire.encode(self._tenants.challenge(task.connection, hello, task.body))
+        return self._admit(task, hello, identity)
+
+    def _prove(self, task: Any) -> bytes:
+        proof = wire.decode_auth(task.body).proof
+        hello, identity = self._tenants.settle(task.connection, proof)
+        return self._admit(task, hello, identity)
+
+    def _admit(self, task: Any, hello: wire.Hello, identity: Identity) -> bytes:
+        namespace = _namespace_of(hello)
+        if hello.token:
+            client = self._join(task, hello.token, identity, namespace)
+        else:
+            client = self._add(task, identity, namespace)
+        config, tiers = self._tiers.config, self._tiers
+        may_map, may_write = self._rights(task, identity)
+        welcome = wire.Welcome(
+            token=client.token,
+            client=client.number,
+            epoch=self.epoch,
+            arena_id=tiers.core.arena_id,
+            arena_bytes=len(tiers.arena),
+            block_bytes=namespace.spec.block_bytes if namespace else 0,
+            may_map=may_map,
+            may_map_writable=may_write,
+            verify_always=config.verify == "always",
+            threads=config.threads,
+            lease_seconds=config.lease_seconds,
+        )
+        return wire.encode(welcome)
+
+    def _rights(self, task: Any, identity: Identity) -> tuple[bool, bool]:
+        """Whether a client may map the arena, and whether writable."""
+        may_map = task.is_local and identity.is_own_user and identity.tenant == DEFAULT
+        # Of a process that we cannot see (another pid namespace), nobody could tell after a crash
+        # whether it still copies into its slots.
+        return may_map, may_map and self._may_write and process_start(task.peer_pid) != 0
+
+    def _join(
+        self, task: Any, token: bytes, identity: Identity, namespace: Namespace | None
+    ) -> Client:
+        with self._lock:
+            client = self._clients.get(self._tokens.get(token, 0))
+        if (
+            client is None
+            or client.identity != identity
+            or client.uid != task.peer_uid
+            or _digest(client.control.namespace if client.control else None) != _digest(namespace)
+            or not self._native.join_client(task.connection, client.number)
+        ):
+            raise IncompatibleError("token: no such client; connect anew")
+        return client
+
+    def _add(self, task: Any, identity: Identity, namespace: Namespace | None) -> Client:
+        number = secrets.randbits(63) | 1
+        may_map, may_write = self._rights(task, identity)
+        tiers = self._tiers
+        start = process_start(task.peer_pid) if may_write else 0
+        owner = tiers.core.new_owner(*((number, task.peer_pid, start) if may_write else ()))
+        control = None
+        try:
+            if namespace is not None:
+                tenant = tiers.tenant(identity.tenant)
+                control = LocalControl(
+                    tiers, namespace, owns_tiers=False, tenant=tenant, owner=owner
+                )
+            name = namespace.model if namespace else "admin"
+            client = Client(
+                number, secrets.token_bytes(16), identity, control, owner, task.peer_uid
+            )
+            with self._lock:
+                if self._closing:
+                    raise PeerUnavailableError("the daemon is closing")
+                self._clients[number] = client
+                self._tokens[client.token] = number
+            if not self._native.add_client(
+                task.connection,
+                number,
+                owner,
+                control.namespace_id if control else -1,
+                may_map=may_map,
+                may_map_writable=may_write,
+                notices=tiers.ssd is not None,
+                notice_used=tiers.wants_used,
+                label=f"{identity.tenant}/{name}" if identity.tenant else name,
+                block_tokens=control.namespace.spec.block_tokens if control else 0,
+            ):
+                raise PeerUnavailableError("the connection is gone")
+        except BaseException:
+            self._leave(number)
+            tiers.core.release_owner(owner)
+            raise
+        return client
+
+    def _leave(self, number: int) -> None:
+        with self._lock:
+            client = self._clients.pop(number, None)
+            if client is not None:
+                self._tokens.pop(client.token, None)
+        if client is not None and client.control is not None:
+            client.control.close()  # the native server ends the owner
 
 
-def _peer_uid(connection: socket.socket) -> int:
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-    _, uid, _ = struct.unpack("3i", credentials)
-    return int(uid)
+def _lanes(name: str, count: int) -> list[BackgroundThread]:
+    return [BackgroundThread(f"{name}-{i}", _LANE_TASKS_MAX) for i in range(count)]
 
 
-# --- requests
+def _no_such(kind: int) -> bytes:
+    raise IncompatibleError(f"no such request: {kind}")
 
 
-def _answer(control: LocalControl, request: wire.Request) -> wire.Reply:
-    handler = _HANDLERS.get(type(request))
-    if handler is None:
-        raise IncompatibleError("Hello again")
+def _namespace_of(hello: wire.Hello) -> Namespace | None:
+    if not hello.namespace:
+        return None
     try:
-        return handler(control, request)
-    except FutureTimeoutError:
-        return wire.Failure(DeadlineExceededError.__name__, "the daemon's own deadline")
-    except (KVStoreError, ValueError, LookupError, TypeError) as error:
-        return wire.Failure(type(error).__name__, str(error))
+        return Namespace.from_description(hello.namespace)
+    except KVStoreError as error:
+        raise type(error)(f"namespace: {error}") from error
+    except (TypeError, KeyError, AttributeError) as error:
+        raise IncompatibleError(f"namespace: {error}") from error
 
 
-def _hashes(chain: wire.Chain) -> BlockHashes:
-    if len(chain.hashes) % 32 or (chain.parent is not None and len(chain.parent) != 32):
-        raise ConfigError("hashes: not a multiple of 32 bytes")
-    array = np.frombuffer(chain.hashes, np.uint8).reshape(-1, 32)
-    if chain.start < 0:
-        return BlockHashes.of(array)
-    return BlockHashes.chain(array, chain.start, chain.parent)
+def _digest(namespace: Namespace | None) -> bytes:
+    return namespace.digest if namespace else b""
 
 
-def _timeout(seconds: float) -> float:
-    return min(max(seconds, 0.0), _TIMEOUT_SECONDS_MAX)
-
-
-def _acquire(control: LocalControl, request: wire.Acquire) -> wire.Reply:
-    granted = control.acquire(_hashes(request.chain), request.ttl, _timeout(request.timeout))
-    return wire.Grants(
-        granted.lease,
-        granted.offsets.tobytes(),
-        granted.header_offsets.tobytes(),
-        granted.sequences.tobytes(),
-        granted.checksums.tobytes(),
-    )
-
-
-def _reserve(control: LocalControl, request: wire.Reserve) -> wire.Reply:
-    slots = control.reserve(_hashes(request.chain))
-    return wire.Slots(slots.reservation, slots.statuses.tobytes(), slots.offsets.tobytes())
-
-
-def _commit(control: LocalControl, request: wire.Commit) -> wire.Reply:
-    if request.ack not in ACK_LEVELS or len(request.checksums) % 8:
-        raise ConfigError(f"ack: {request.ack!r}, {len(request.checksums)} bytes of checksums")
-    sums = np.frombuffer(request.checksums, np.uint64)
-    ack = ACK_LEVELS[ACK_LEVELS.index(request.ack)]
-    level = control.commit(request.reservation, sums, _hashes(request.chain), ack)
-    return wire.Value("memory" if level is None else level.result(60.0))
-
-
-def _value(ask: Callable[[LocalControl, Any], Any]) -> Callable[[LocalControl, Any], wire.Reply]:
-    return lambda control, request: wire.Value(ask(control, request))
-
-
-_HANDLERS: dict[type, Callable[[LocalControl, Any], wire.Reply]] = {
-    wire.Acquire: _acquire,
-    wire.Reserve: _reserve,
-    wire.Commit: _commit,
-    wire.Events: lambda c, _: wire.Packed(c.packed_events()),
-    wire.Match: _value(lambda c, r: c.match(_hashes(r.chain))),
-    wire.Residency: lambda c, r: wire.Packed(c.residency(_hashes(r.chain)).tobytes()),
-    wire.Describe: lambda c, r: wire.Packed(c.describe(_hashes(r.chain))),
-    wire.WaitFor: _value(lambda c, r: c.wait_for(_hashes(r.chain), r.want, _timeout(r.timeout))),
-    wire.Release: _value(lambda c, r: c.release(r.lease)),
-    wire.Abort: _value(lambda c, r: c.abort(r.reservation)),
-    wire.Prefetch: _value(lambda c, r: c.prefetch(_hashes(r.chain)).result(60.0).num_blocks),
-    wire.Remove: _value(lambda c, r: c.remove(_hashes(r.chain))),
-    wire.Corrupt: _value(lambda c, r: c.report_corrupt(r.block_hash)),
-    wire.Clear: _value(lambda c, r: c.clear()),
-    wire.Flush: _value(lambda c, r: c.flush(_timeout(r.timeout))),
-    wire.Stats: _value(lambda c, r: c.stats()),
-}
+def share_tiers(tiers: Tiers, address: str) -> Server:
+    """Serve tiers to processes of this host and user; see `kvstore.share`."""
+    return Server(tiers, [listen_unix(unix_path(address))])

@@ -165,13 +165,26 @@ class SegmentLog:
             segment.used_pages, segment.live_pages, segment.live_blocks = 1, 0, 0
 
     def resume(self) -> None:
-        """Goes on writing the newest segment behind its last block that has a record."""
+        """Goes on writing the newest segment behind the batch of its last block with a record.
+
+        Not within that batch, though its last blocks may be forgotten: who jumps from summary to
+        summary would pass over one that lies there.
+        """
         newest = max(self.segments, default=0)
         segment = self.segments.get(newest)
         for other in self.segments.values():
             if other is not segment:
                 other.used_pages = max(other.used_pages, other.pages)
         if segment is None or segment.fault or segment.pages * PAGE_BYTES < self._segment_bytes:
+            return
+        try:
+            for summary in self.summaries(segment):
+                head = summary[0]
+                if head["page"] >= segment.used_pages:
+                    break
+                end = int(head["page"]) - int(head["index"]) + int(head["batch_pages"])
+                segment.used_pages = max(segment.used_pages, min(end, segment.pages))
+        except OSError:
             return
         self._head = segment
 
@@ -433,6 +446,11 @@ class SegmentLog:
                     continue
                 head = summary[0]
                 sequence = int(head["sequence"])
+                if head["index"] == 0:  # the batch's other summary pages in one read, not in many
+                    rest = (int(head["summary_pages"]) - 1) * PAGE_BYTES
+                    if rest:
+                        begin = (at + 1) * PAGE_BYTES
+                        os.posix_fadvise(fd, begin, rest, os.POSIX_FADV_WILLNEED)
                 yield summary
                 if head["index"] + 1 < head["summary_pages"]:
                     at += 1

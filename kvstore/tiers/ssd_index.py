@@ -94,8 +94,30 @@ def make_sound(path: Path, map_bytes: int) -> bool:
     shutil.rmtree(copied, ignore_errors=True)
     with contextlib.suppress(OSError):  # a full disk must not keep us from reading it
         copied.mkdir(mode=0o700)
+    try:
+        code = _probe(path, map_bytes, copied if copied.is_dir() else None)
+        if code == _SOUND:
+            with open(copied / "data.mdb", "rb") as file:
+                os.fsync(file.fileno())
+            os.rename(copied / "data.mdb", data)
+            sync_directory(path)
+    finally:
+        shutil.rmtree(copied, ignore_errors=True)
+    return code in (_SOUND, _SOUND_NOT_COPIED)
+
+
+def is_sound(path: Path) -> bool:
+    """Whether LMDB can walk the environment; nothing is written, whatever it is."""
+    data = path / "data.mdb"
+    size = data.stat().st_size if data.is_file() else 0
+    return size > 0 and _probe(path, 0, None) == _SOUND_NOT_COPIED
+
+
+def _probe(path: Path, map_bytes: int, copy_to: Path | None) -> int:
+    """The status of a child that walked the environment; negative when it died or hung."""
+    size = (path / "data.mdb").stat().st_size
     command = [sys.executable, "-I", "-S", "-c", _PROBE, str(Path(lmdb.__file__).parent.parent)]
-    command += [str(path), str(max(map_bytes, size)), str(copied) if copied.is_dir() else ""]
+    command += [str(path), str(max(map_bytes, size)), str(copy_to or "")]
     try:
         done = subprocess.run(
             command,
@@ -105,16 +127,9 @@ def make_sound(path: Path, map_bytes: int) -> bool:
             timeout=_PROBE_SECONDS_MIN + size / _PROBE_BYTES_PER_SECOND,
             check=False,
         )
-        if done.returncode == _SOUND:
-            with open(copied / "data.mdb", "rb") as file:
-                os.fsync(file.fileno())
-            os.rename(copied / "data.mdb", data)
-            sync_directory(path)
     except subprocess.TimeoutExpired:
-        return False
-    finally:
-        shutil.rmtree(copied, ignore_errors=True)
-    return done.returncode in (_SOUND, _SOUND_NOT_COPIED)
+        return -1
+    return done.returncode
 
 
 def set_aside(path: Path) -> Path:
@@ -145,9 +160,13 @@ def create(path: Path, map_bytes: int, rows: Structs, namespaces: dict[int, byte
 
 
 class SsdIndex:
-    def __init__(self, path: Path, map_bytes: int) -> None:
-        """Opens what make_sound() or create() left. The caller holds the directory's lock."""
+    def __init__(self, path: Path, map_bytes: int, readonly: bool = False) -> None:
+        """Opens what make_sound() or create() left. The caller holds the directory's lock.
+
+        `readonly`: no file is made or written, and no page is locked.
+        """
         self._path = path
+        self._readonly = readonly
         self._map_bytes = max(map_bytes, _MAP_BYTES_MIN)
         self._lock = threading.Lock()
         self._locked_pages: list[mmap.mmap] = []  # ranges of the file, without gaps
@@ -155,7 +174,8 @@ class SsdIndex:
         self._given_up = False  # and closed, since LMDB refused to go on
         self.openings = 0
         # Ours alone, and rebuilt by LMDB: one less file whose damage matters.
-        (path / "lock.mdb").unlink(missing_ok=True)
+        if not readonly:
+            (path / "lock.mdb").unlink(missing_ok=True)
         try:
             self._open()
         except BaseException:
@@ -174,11 +194,15 @@ class SsdIndex:
             metasync=True,
             writemap=False,
             readahead=False,
+            readonly=self._readonly,
+            lock=not self._readonly,
+            create=not self._readonly,
         )
         try:
-            self._blocks = self._env.open_db(b"blocks")
-            self._meta = self._env.open_db(b"meta")
-            self._namespaces = self._env.open_db(b"namespaces")
+            create = not self._readonly
+            self._blocks = self._env.open_db(b"blocks", create=create)
+            self._meta = self._env.open_db(b"meta", create=create)
+            self._namespaces = self._env.open_db(b"namespaces", create=create)
         except BaseException:
             self._env.close()
             raise
@@ -195,6 +219,8 @@ class SsdIndex:
 
     def _lock_pages(self) -> None:
         """Keeps the file's pages in memory, as many as the system lets us."""
+        if self._readonly:
+            return
         try:
             if self._file is None:
                 if not (self._path / "data.mdb").exists():

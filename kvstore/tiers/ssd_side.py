@@ -11,7 +11,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -24,13 +24,17 @@ from kvstore.control import Ack
 from kvstore.errors import IncompatibleError, KVStoreError, OutOfSpaceError, StorageError
 from kvstore.metrics import Counters
 from kvstore.records import NOT_ON_SSD, RECORD, Records, hash_rows, records_from
+from kvstore.tiers.admission import HashRows, Origin, make_admission
+from kvstore.tiers.names import describe_stored, parse_stored, stored_key
 from kvstore.tiers.ssd import Locations, SsdConfig, SsdTier
 from kvstore.tiers.ssd_format import Records as Columns
 from kvstore.tiers.write_behind import Job, WriteBehind
+from kvstore.tracing import traced
 
 log = logging.getLogger(__name__)
 
 NO_CODEC = 0
+IN_CPU_ONLY = 1  # residency: ready, and not on ssd
 CLOSE_SECONDS_MIN = 1.0  # for closing files, once nothing is left to write
 _COLUMNS = ("hash", "parent", "depth", "segment", "page", "stored_bytes", "codec", "checksum")
 
@@ -44,7 +48,9 @@ class SsdSide:
         core: _native.StoreCore,
         counters: Counters,
         arena_address: int,
+        block_bytes: int,
     ) -> None:
+        """`block_bytes`: of most blocks, as far as is known."""
         self._core = core
         self._counters = counters
         self._base = np.uint64(arena_address)
@@ -63,34 +69,53 @@ class SsdSide:
         self._codecs: dict[tuple[int, int], Codec] = {}  # (core's number, codec id)
         self._to_tier: dict[int, int] = {}
         self._to_core: dict[int, int] = {}
+        self._quota_room: dict[int, Callable[[], int]] = {}  # bytes left, by the core's number
+        self.admission = make_admission(
+            config.ssd_admission,
+            parse_bytes(config.ssd_write_budget),
+            parse_bytes(config.ssd_capacity) // max(block_bytes, 4096),
+        )
         self._unforgotten: Records = np.zeros(0, RECORD)  # garbage that the index still names
         self._writer = WriteBehind(self._write, parse_bytes(config.write_behind), counters)
 
     # --- namespaces and recovery
 
-    def stored_namespaces(self) -> Iterator[tuple[bytes, Namespace]]:
-        """Yield the namespaces that the directory knows.
+    def stored_namespaces(self) -> Iterator[tuple[str, Namespace]]:
+        """Yield tenant and namespace of what the directory knows.
 
         Raises:
-            IncompatibleError: a description does not give the digest it is stored under.
+            IncompatibleError: a description does not give the key it is stored under.
         """
-        for digest, description in self._tier.namespaces().values():
-            namespace = Namespace.from_description(json.loads(description))
-            if namespace.digest != digest:
+        for key, description in self._tier.namespaces().values():
+            tenant, namespace = parse_stored(json.loads(description))
+            if stored_key(tenant, namespace) != key:
                 raise IncompatibleError(
                     f"ssd: namespace {namespace.model!r} in {self._tier.config.path} was written "
                     "by a version that names it differently"
                 )
-            yield digest, namespace
+            yield tenant, namespace
 
-    def bind(self, number: int, namespace: Namespace) -> None:
-        description = json.dumps(namespace.describe(), sort_keys=True).encode()
-        tier_number = self._tier.register_namespace(namespace.digest, description)
+    def bind(
+        self,
+        number: int,
+        namespace: Namespace,
+        tenant: str = "",
+        quota_room: Callable[[], int] | None = None,
+    ) -> None:
+        """Keep blocks of the core's namespace `number` under the tenant's name.
+
+        `quota_room` returns how many bytes more the tenant may have on ssd.
+        """
+        description = json.dumps(describe_stored(tenant, namespace), sort_keys=True).encode()
+        tier_number = self._tier.register_namespace(stored_key(tenant, namespace), description)
         self._specs[number] = namespace
         self._to_tier[number] = tier_number
         self._to_core[tier_number] = number
+        if quota_room is not None:
+            self._quota_room[number] = quota_room
         self._codec(number, self._codec_name)
 
+    @traced("restore", lambda blocks, _: {"blocks": blocks})
     def restore(self) -> int:
         """Put what the directory holds into the core's index; return how many blocks."""
         parts = [self._rows(columns) for columns in self._tier.recover()]
@@ -120,6 +145,28 @@ class SsdSide:
     def write_later(self, job: Job, timeout: float = 0.0) -> bool:
         return self._writer.submit(job, timeout)
 
+    def stored(self, number: int, hashes: HashRows) -> None:
+        """Blocks were stored in the cpu tier at level memory; see `kvstore.tiers.admission`."""
+        for origin, admitted in self.admission.stored(number, hashes):
+            self._writer.submit(self._job(number, admitted, origin))
+
+    def used(self, number: int, hashes: HashRows) -> None:
+        """Blocks were read in the cpu tier; the last of them is not on ssd."""
+        hashes = hashes[self._core.residency(number, np.ascontiguousarray(hashes)) == IN_CPU_ONLY]
+        wanted = self.admission.used(hashes, self._core.block_bytes(number))
+        if len(wanted) < len(hashes):
+            self._counters.add("ssd_admission_skipped_blocks", len(hashes) - len(wanted))
+        if len(wanted):
+            self._writer.submit(self._job(number, wanted, Origin.USED))
+
+    def adopted(self, number: int, hashes: HashRows) -> None:
+        """Blocks are in the cpu tier from before this process began, ancestors first."""
+        for origin, admitted in self.admission.stored(number, hashes):
+            self._writer.offer_later(self._job(number, admitted, origin))
+
+    def _job(self, number: int, hashes: HashRows, origin: Origin) -> Job:
+        return Job(number, hashes, len(hashes) * self._core.block_bytes(number), origin=origin)
+
     def forget_later(self) -> None:
         """Delete the records of removed blocks, or they are back when the directory is opened."""
         self._writer.submit(Job(0, np.empty((0, 32), np.uint8), 0))
@@ -127,13 +174,17 @@ class SsdSide:
     def flush(self, timeout: float) -> bool:
         return self._writer.flush(timeout)
 
+    @traced("write_batch", lambda _, __, jobs: {"blocks": sum(len(job.hashes) for job in jobs)})
     def _write(self, jobs: list[Job]) -> None:
         durable = any(job.ack == "durable" for job in jobs)
         try:
             named = [job for job in jobs if len(job.hashes)]
             for number in sorted({job.namespace_id for job in named}):
                 mine = [job for job in named if job.namespace_id == number]
-                self._write_blocks(number, self._todo(number, mine), durable)
+                hashes = self._admitted(number, mine)
+                block_bytes = self._core.block_bytes(number)
+                written = self._write_blocks(number, hashes, durable)
+                self.admission.give_back(max(0, len(hashes) * block_bytes - written))
             if durable:
                 self._sync()
         finally:
@@ -161,11 +212,35 @@ class SsdSide:
                 return "memory"
         return job.ack
 
+    def _admitted(self, number: int, jobs: list[Job]) -> npt.NDArray[np.uint8]:
+        """Return the hashes that may be written, of each chain the first ones."""
+        block_bytes = self._core.block_bytes(number)
+        quota_room = self._quota_room.get(number)
+        room = quota_room() // block_bytes if quota_room is not None else None
+        parts: list[npt.NDArray[np.uint8]] = []
+        for origin in Origin:
+            mine = [job for job in jobs if job.origin is origin]
+            if not mine:
+                continue
+            hashes = self._todo(number, mine)
+            if parts:
+                hashes = hashes[~_is_among(hashes, np.concatenate(parts))]
+            if room is not None:
+                self._counters.add("ssd_quota_refused_blocks", len(hashes[max(0, room) :]))
+                hashes = hashes[: max(0, room)]
+                room -= len(hashes)
+            granted = self.admission.grant(origin, len(hashes), block_bytes)
+            self._counters.add("ssd_admission_skipped_blocks", len(hashes) - granted)
+            parts.append(hashes[:granted])
+        return np.concatenate(parts)
+
     def _todo(self, number: int, jobs: list[Job]) -> npt.NDArray[np.uint8]:
         """Return the hashes to write, ancestors first, each once."""
         parts = []
         for job in jobs:
             parts.append(hash_rows(self._core.ssd_gap(number, job.hashes[0].tobytes())))
+            if job.origin is Origin.USED:  # there may be gaps between them
+                parts.append(hash_rows(self._core.ssd_gap(number, job.hashes[-1].tobytes())))
             parts.append(job.hashes)
         hashes = np.concatenate(parts)
         wanted = self._core.residency(number, hashes) == 1
@@ -184,16 +259,15 @@ class SsdSide:
         lost = rows["hash"][self._tier.sync_failed(np.ascontiguousarray(rows["segment"]))]
         if len(lost) == 0:
             return np.zeros(len(hashes), bool)
-        as_key = f"V{hashes.shape[1]}"
-        return np.isin(
-            np.ascontiguousarray(hashes).view(as_key).ravel(),
-            np.ascontiguousarray(lost).view(as_key).ravel(),
-        )
+        return _is_among(hashes, lost)
 
-    def _write_blocks(self, number: int, hashes: npt.NDArray[np.uint8], durable: bool) -> None:
+    def _write_blocks(self, number: int, hashes: npt.NDArray[np.uint8], durable: bool) -> int:
+        """Write what is in the cpu tier; return how many bytes that took."""
+        written = 0
         block_bytes = self._specs[number].spec.block_bytes
         # A quarter: what is being written is leased, and a disk may hang over it.
-        step = max(1, min(WriteBehind.BATCH_BYTES, self._core.arena.nbytes // 4) // block_bytes)
+        quarter = self._core.stats()["cpu_capacity_bytes"] // 4
+        step = max(1, min(WriteBehind.BATCH_BYTES, quarter) // block_bytes)
         while len(hashes):
             part = hashes[:step]
             lease, offsets, _, _, checksums = self._core.acquire(
@@ -201,11 +275,14 @@ class SsdSide:
             )
             held = len(offsets)
             try:
-                self._write_leased(number, part[:held], offsets + self._base, checksums, durable)
+                written += self._write_leased(
+                    number, part[:held], offsets + self._base, checksums, durable
+                )
             finally:
                 self._core.release(self._owner, lease)
             # Where one has left the cpu tier meanwhile, go on behind it.
             hashes = hashes[held if held == len(part) else held + 1 :]
+        return written
 
     def _write_leased(
         self,
@@ -214,11 +291,11 @@ class SsdSide:
         addresses: npt.NDArray[np.uint64],
         checksums: npt.NDArray[np.uint64],
         durable: bool,
-    ) -> None:
+    ) -> int:
         rows = records_from(self._core.describe(number, hashes))
         n = len(rows)
         if n == 0:
-            return
+            return 0
         # What was removed since it was leased, and what follows it, waits for its next put.
         hashes, addresses, checksums = hashes[:n], addresses[:n], checksums[:n]
         rows["checksum"] = checksums  # of the leased bytes, whatever was put under the hash since
@@ -256,6 +333,7 @@ class SsdSide:
                 break
         if done < n:
             self._counters.add("ssd_write_failures", n - done)
+        return int(needed[:done].sum(dtype=np.int64))
 
     def _publish(self, rows: Records, written: Locations) -> int:
         """Tell the core where blocks lie now; return how many of `rows` were written."""
@@ -285,6 +363,7 @@ class SsdSide:
             if freed is None:
                 return  # the write will say what is wrong
             self._counters.add("ssd_reclaimed_segments")
+            self.admission.draw(int(freed.moved.stored_bytes.sum(dtype=np.int64)))
             self._follow(seen[0] if seen else np.zeros(0, RECORD), self._rows(freed.moved))
             for row in self._rows(freed.dropped):
                 self._core.drop_ssd(
@@ -380,6 +459,7 @@ class SsdSide:
             "kvstore_ssd_used_bytes": self._tier.used_bytes,
             "kvstore_ssd_capacity_bytes": self._tier.capacity_bytes,
             "kvstore_write_behind_bytes": self._writer.queued_bytes,
+            "kvstore_write_behind_backlog_blocks": self._writer.backlog_blocks,
         }
 
     @property
@@ -398,3 +478,15 @@ class SsdSide:
         ending.join(max(CLOSE_SECONDS_MIN, deadline - time.monotonic()))
         if ending.is_alive():
             log.warning("the ssd does not answer; its directory stays in use until it does")
+
+
+def _is_among(
+    hashes: npt.NDArray[np.uint8], others: npt.NDArray[np.uint8]
+) -> npt.NDArray[np.bool_]:
+    if len(hashes) == 0 or len(others) == 0:
+        return np.zeros(len(hashes), bool)
+    as_key = f"V{hashes.shape[1]}"
+    return np.isin(
+        np.ascontiguousarray(hashes).view(as_key).ravel(),
+        np.ascontiguousarray(others).view(as_key).ravel(),
+    )

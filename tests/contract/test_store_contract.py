@@ -6,6 +6,7 @@ cannot pass is not a store: add it to STORES.
 """
 
 import asyncio
+import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -30,6 +31,10 @@ from kvstore import (
     Store,
     StoreClosedError,
 )
+from kvstore.daemon.server import Server
+from kvstore.daemon.sockets import listen_tcp, listen_unix
+from kvstore.daemon.tenants import Tenants
+from kvstore.tiers.local import LocalControl
 from tests.store_support import (
     BLOCK_BYTES,
     NAMESPACE,
@@ -47,7 +52,9 @@ from tests.store_support import (
 )
 
 Open: TypeAlias = Callable[..., Store]
-STORES = ["cpu", "ssd", "connect", "connect+ssd"]
+# Where the decisions are made, how bytes come and go, and what is below DRAM.
+STORES = ["cpu", "ssd", "unix", "unix+ssd", "unix+copy", "tcp", "tcp+ssd"]
+SECRET = "a secret of this test's own"
 
 
 @pytest.fixture(params=STORES)
@@ -56,7 +63,13 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def opened(kind: str, tmp_path: Path) -> Iterator[Open]:
+def owners() -> list[Store]:
+    """The stores whose memory holds the blocks: of a client's, the one in the serving process."""
+    return []
+
+
+@pytest.fixture
+def opened(kind: str, owners: list[Store], tmp_path: Path) -> Iterator[Open]:
     """Opens stores of the kind under test; what is still open at the end is closed."""
     with ExitStack() as ends:
         # pytest's own directories have names too long for a socket.
@@ -65,14 +78,28 @@ def opened(kind: str, tmp_path: Path) -> Iterator[Open]:
         def make(**settings: Any) -> Store:
             store = open_store(tmp_path / "ssd" if "ssd" in kind else None, **settings)
             ends.callback(store.close)
-            if "connect" not in kind:
+            owners.append(store)
+            if kind in ("cpu", "ssd"):
                 return store
-            server = ends.enter_context(kvstore.share(store, f"unix:{sockets}/s"))
-            client = kvstore.connect(server.address, NAMESPACE)
+            server = ends.enter_context(serve(store, kind, sockets / "s"))
+            token = SECRET if "tcp" in kind else None
+            client = kvstore.connect(server.address, NAMESPACE, timeout=WAIT_S, token=token)
             ends.callback(client.close)
             return client
 
         yield make
+
+
+def serve(store: Store, kind: str, path: Path) -> Server:
+    if "tcp" in kind or "copy" in kind:
+        control = store.control
+        assert isinstance(control, LocalControl)
+        tcp = "tcp" in kind
+        listener = listen_tcp("127.0.0.1", 0) if tcp else listen_unix(path)
+        tenants = Tenants({}, {"": SECRET.encode()}, os.getuid())
+        writes = "copy" if "copy" in kind else "in_place"
+        return Server(control.tiers, [listener], tenants=tenants, client_writes=writes)
+    return kvstore.share(store, f"unix:{path}")
 
 
 @pytest.fixture
@@ -287,30 +314,35 @@ def test_a_branch_is_kept_while_the_lease_of_its_leaf_lasts(opened: Open) -> Non
 # --- leases and pins
 
 
-def test_an_expired_lease_frees_its_blocks_for_a_put(store: Store) -> None:
+def test_an_expired_lease_frees_its_blocks_for_a_put(store: Store, kind: str) -> None:
     held, more = chain(1, SLOTS), chain(2, SLOTS)
     put(store, held)
     assert store.flush(WAIT_S)
     lease = store.acquire(held, ttl=1e-9)
-    assert len(lease) == SLOTS
+    # Who fetches blocks finds the lease over before they came.
+    assert len(lease) == (0 if "tcp" in kind else SLOTS)
     # No acquire comes between: the put itself must see that the holder's time is over.
     assert put(store, more).num_stored == SLOTS
     assert store.stats()["kvstore_leases_expired_total"] >= 1
+    count = len(lease)
     room = np.zeros((SLOTS, BLOCK_BYTES), np.uint8)
-    assert lease.load(ContiguousBlocks(room), np.arange(SLOTS)) == 0  # other blocks' bytes now
+    if count:
+        assert lease.load(ContiguousBlocks(room), np.arange(count)) == 0  # other blocks' bytes now
     lease.release()
     assert load(store, more) == SLOTS
 
 
-def test_an_expired_lease_counts_only_what_is_still_there(opened: Open) -> None:
+def test_an_expired_lease_counts_only_what_is_still_there(opened: Open, kind: str) -> None:
     store = opened(ssd="")
     held = chain(1, 8)
     put(store, held)
     lease = store.acquire(held, ttl=1e-9)
     put(store, chain(2, SLOTS - 5))  # three of eight must go, the tail
-    room = np.zeros((8, BLOCK_BYTES), np.uint8)
-    assert lease.load(ContiguousBlocks(room), np.arange(8)) == 5
-    assert_exact(held, room, 5)
+    count = len(lease)  # who fetches blocks finds the lease over before they came
+    room = np.zeros((SLOTS, BLOCK_BYTES), np.uint8)
+    loaded = lease.load(ContiguousBlocks(room), np.arange(count)) if count else 0
+    assert loaded == (0 if "tcp" in kind else 5)
+    assert_exact(held, room, loaded)
 
 
 def test_two_leases_on_a_block_are_counted(store: Store) -> None:
@@ -554,6 +586,37 @@ def test_wait_for_sees_a_commit_of_another_thread(store: Store) -> None:
     assert store.wait_for(hashes, 2, timeout=0.0) >= 2
 
 
+def test_a_put_that_waits_for_room_gets_it_when_a_lease_ends(store: Store) -> None:
+    held, more = chain(1, SLOTS), chain(2, 6)
+    put(store, held)
+    assert store.flush(WAIT_S)
+    lease = store.acquire(held)
+    assert put(store, more, wait=0.01).num_no_space == 6  # in vain
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(put, store, more, wait=WAIT_S)
+        refused = store.stats()["kvstore_refused_no_space_blocks_total"]
+        assert refused >= 6
+        lease.release()
+        result = waiting.result(WAIT_S)
+    assert (result.num_blocks, result.num_stored, result.num_no_space) == (6, 6, 0)
+    assert load(store, more) == 6
+
+
+def test_a_put_with_room_for_a_part_stores_it_before_it_waits(store: Store) -> None:
+    held, more = chain(1, SLOTS - 2), chain(2, 6)
+    put(store, held)
+    assert store.flush(WAIT_S)
+    lease = store.acquire(held)
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(put, store, more, wait=WAIT_S)
+        assert store.wait_for(more, 2, timeout=WAIT_S) == 2
+        lease.release()
+        assert waiting.result(WAIT_S).num_stored == 6
+    assert load(store, more) == 6
+    assert store.flush(WAIT_S)
+    assert put(store, chain(3, SLOTS + 2), wait=0.01).num_stored == SLOTS  # what can never fit
+
+
 # --- levels and background
 
 
@@ -632,6 +695,7 @@ def test_flush_and_prefetch_bring_blocks_down_and_up(store: Store, kind: str) ->
     if "ssd" in kind:
         assert result.num_blocks == 12
         assert store.lookup(first) == Hit(12, 12, 0)
+        assert store.lookup(second, prefetch=True).num_blocks == 12
         assert load(store, second) == 12  # from where it lies
     else:
         assert result.num_blocks == store.match(first) == SLOTS - 12
@@ -667,8 +731,8 @@ def test_a_slice_is_announced_with_its_parent(store: Store) -> None:
     put(store, hashes[:2])
     list(store.events())
     put(store, hashes[2:])
-    event = next(iter(store.events()))
-    assert isinstance(event, BlockStored)
+    stored = [e for e in store.events() if isinstance(e, BlockStored) and e.medium == "CPU"]
+    event = stored[0]
     assert event.parent_block_hash == hashes[1]
     assert event.block_hashes == list(hashes[2:])
 
@@ -711,28 +775,36 @@ def test_stats_add_up(store: Store) -> None:
 # --- integrity
 
 
+def flip(owner: Store, hashes: BlockHashes, index: int, byte: int) -> None:
+    """Change one bit of a block in the memory of the process that holds it."""
+    with owner.acquire(hashes) as lease:
+        at = lease.block(index).ctypes.data
+    control = owner.control
+    assert isinstance(control, LocalControl)
+    control.arena[at - control.arena.ctypes.data + byte] ^= 4
+
+
 def test_a_flipped_bit_in_dram_is_a_miss_when_every_read_is_checked(
-    opened: Open, kind: str
+    opened: Open, kind: str, owners: list[Store]
 ) -> None:
     store = opened(verify="always")
+    owner = owners[0]
     hashes = chain(1, 5)
     put(store, hashes)
     with store.acquire(hashes) as lease:
-        at = lease.block(3).__array_interface__["data"][0] - store.control.arena.ctypes.data
-        store.control.arena[at + 77] ^= 4
+        flip(owner, hashes, 3, 77)
         room = np.zeros((5, BLOCK_BYTES), np.uint8)
-        assert lease.load(ContiguousBlocks(room), np.arange(5)) == 3
+        # What was fetched before is whole.
+        assert lease.load(ContiguousBlocks(room), np.arange(5)) == (5 if "tcp" in kind else 3)
     assert load(store, hashes) == 3
     assert store.stats()["kvstore_integrity_failures_total"] == 1
     assert put(store, hashes).num_stored == 2
-    with store.acquire(hashes[4:]) as lease:
-        at = lease.block(0).__array_interface__["data"][0] - store.control.arena.ctypes.data
-    store.control.arena[at] ^= 1
+    flip(owner, hashes, 4, 0)
     assert load(store, hashes) == 4
     assert store.stats()["kvstore_integrity_failures_total"] == 2
 
 
-def test_a_flipped_bit_is_a_miss_in_a_load_by_layers_too(opened: Open) -> None:
+def test_a_flipped_bit_is_a_miss_in_a_load_by_layers_too(opened: Open, owners: list[Store]) -> None:
     store = opened(verify="always")
     hashes = chain(1, 4)
     _, source = paged(4, list(hashes))
@@ -740,20 +812,13 @@ def test_a_flipped_bit_is_a_miss_in_a_load_by_layers_too(opened: Open) -> None:
     _, pool = paged(4, list(hashes))
     with store.acquire(hashes) as lease:
         assert lease.load(pool, [0, 1, 2, 3], layers=(0, 1)) == 4
-    at = lease_address(store, hashes, 2)
-    store.control.arena[at + BLOCK_BYTES - 1] ^= 8  # in the last layer
+    flip(owners[0], hashes, 2, BLOCK_BYTES - 1)  # in the last layer
     with store.acquire(hashes) as lease:
-        assert lease.load(pool, [0, 1, 2, 3], layers=(0, 1)) == 2
+        count = len(lease)  # who fetches blocks checks them then
+        assert lease.load(pool, list(range(count)), layers=(0, 1)) == 2
         assert lease.load(pool, [0, 1], layers=(1, 4)) == 2
     assert store.match(hashes) == 2
     assert store.stats()["kvstore_integrity_failures_total"] == 1
-
-
-def lease_address(store: Store, hashes: BlockHashes, index: int) -> int:
-    """Where in the arena a block lies."""
-    with store.acquire(hashes) as lease:
-        address: int = lease.block(index).__array_interface__["data"][0]
-        return address - store.control.arena.ctypes.data
 
 
 # --- the end

@@ -23,6 +23,7 @@ import pytest
 from kvstore import DeadlineExceededError, InUseError, Store, StoreClosedError
 from kvstore.errors import OutOfSpaceError, StorageError
 from kvstore.tiers import promotion
+from kvstore.tiers.admission import AdmitAll, AdmitReused, SeenBlocks, TokenBucket
 from kvstore.tiers.local import LocalControl, Tiers
 from kvstore.tiers.ssd import SsdTier
 from tests.faults.faultfs import HUNG_S, FaultyDisk, Rule, faulty_disk, missing_tools
@@ -37,7 +38,7 @@ from tests.ssd_support import (
     read,
     write,
 )
-from tests.store_support import SLOTS, WAIT_S, buffers_of, chain, load, open_store, put
+from tests.store_support import BLOCK_BYTES, SLOTS, WAIT_S, buffers_of, chain, load, open_store, put
 
 pytestmark = [pytest.mark.slow]
 
@@ -530,6 +531,44 @@ def test_a_hung_write_holds_up_no_put_and_no_load(
     disk.heal()
     assert promised.wait(WAIT_S).ack == "durable"
     check_store(store, disk)
+
+
+@pytest.mark.parametrize("admission", ["all", "reuse"])
+def test_a_full_disk_spends_no_budget(disk: FaultyDisk, admission: str) -> None:
+    """What could not be written goes back to the budget, and is written once there is room."""
+    with open_store(disk.path / "ssd", ssd_admission=admission, ssd_write_budget="1GiB") as store:
+        ssd = tiers_of(store).ssd
+        assert ssd is not None
+        bucket = TokenBucket(0.001, 6 * BLOCK_BYTES, lambda: 0.0)
+        seen = SeenBlocks(1 << 12)
+        ssd.admission = AdmitAll(bucket, seen) if admission == "all" else AdmitReused(bucket, seen)
+        hashes = chain(1, 3)
+        disk.set(Rule("write", SEGMENTS, value=errno.ENOSPC))
+        for _ in range(5):
+            put(store, hashes)
+            assert load(store, hashes) == 3
+            assert store.flush(WAIT_S)
+        assert count(store, "ssd_write_failures") > 0
+        assert bucket.level == bucket.burst
+        disk.heal()
+        assert load(store, hashes) == 3
+        assert store.flush(WAIT_S)
+        assert (store.control.residency(hashes) == 3).all()
+        assert bucket.level == bucket.burst / 2
+
+
+def test_a_hung_disk_puts_bursts_off_and_takes_them_later(disk: FaultyDisk) -> None:
+    with open_store(disk.path / "ssd", write_behind=2 * BLOCK_BYTES) as store:
+        disk.set(Rule("write", SEGMENTS, "delay", HUNG_S))
+        chains = [chain(seed, 2) for seed in range(1, 6)]
+        for hashes in chains:
+            assert put(store, hashes).num_stored == 2
+        assert count(store, "write_behind_deferred_blocks") >= 6
+        assert not store.flush(0.0)
+        disk.heal()
+        assert store.flush(WAIT_S)
+        for hashes in chains:
+            assert (store.control.residency(hashes) == 3).all()
 
 
 def _buffers(seed: int, num_blocks: int) -> Any:

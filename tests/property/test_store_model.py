@@ -52,6 +52,8 @@ class StoreModel(RuleBasedStateMachine):
         verify=st.sampled_from(["boundary", "always"]),
         eviction=st.sampled_from(["lru", "lfu", "mq", "s3fifo"]),
         write_behind=st.sampled_from([4 * SIZE, 1 << 28]),
+        ssd_admission=st.sampled_from(["all", "all", "reuse"]),
+        ssd_write_budget=st.sampled_from([0, 0, 8 * SIZE]),
     )
     def open_first(self, **settings: Any) -> None:
         self.directory = tempfile.mkdtemp(prefix="kvstore-model-")

@@ -693,3 +693,16 @@ def test_signals_do_not_disturb_the_queue(tmp_path: Path, kind: str) -> None:
 def test_config_is_checked_where_it_is_made() -> None:
     with pytest.raises(ConfigError, match="at least 3 segments"):
         SsdTier(SsdConfig("/nowhere/at/all", 1 << 20))
+
+
+def test_what_is_written_after_a_forgotten_tail_and_a_reopening_survives_a_lost_index(
+    tmp_path: Path,
+) -> None:
+    with open_tier(tmp_path / "ssd") as tier:
+        write(tier, list(range(10)))
+        tier.forget(np.ones(3, np.uint32), hashes_of([7, 8, 9]))
+    with open_tier(tmp_path / "ssd") as tier:
+        write(tier, [20, 21])
+    shutil.rmtree(tmp_path / "ssd" / "index")
+    with open_tier(tmp_path / "ssd") as tier:
+        assert {hash_of(20), hash_of(21)} <= set(contents(tier))

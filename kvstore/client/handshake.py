@@ -1,0 +1,127 @@
+"""The first words on a connection: who we are, and proof that both ends know a secret."""
+
+from __future__ import annotations
+
+import builtins
+import secrets
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kvstore import auth, errors, wire
+from kvstore._native import Connection, ProtocolError, RemoteError
+from kvstore.address import tcp_address, unix_path
+from kvstore.block import Namespace
+from kvstore.errors import (
+    ConfigError,
+    DeadlineExceededError,
+    IncompatibleError,
+    KVStoreError,
+    PeerUnavailableError,
+)
+
+_SECONDS_MIN = 0.001  # what is left of a deadline, at least: 0 could mean none
+
+
+@dataclass(frozen=True)
+class Target:
+    """Whom to connect to, and as whom."""
+
+    address: str  # unix:/path or tcp:host:port
+    namespace: Namespace
+    tenant: str = ""
+    secret: bytes = field(default=b"", repr=False)
+
+    @classmethod
+    def of(
+        cls, address: str, namespace: Namespace, tenant: str = "", token: str | Path | None = None
+    ) -> Target:
+        """Check what a user gave; `token` is the secret itself, or the path of its file.
+
+        Raises:
+            ConfigError: the address or the token is wrong.
+        """
+        if address.startswith("tcp:"):
+            tcp_address(address)
+        else:
+            unix_path(address)
+        secret = b""
+        if isinstance(token, Path):
+            secret = auth.read_secret(token, "token")
+        elif token is not None:
+            secret = auth.check_secret(token.encode(), "token")
+        return cls(address, namespace, tenant, secret)
+
+
+def error_of(error: RemoteError) -> Exception:
+    """Return the exception that a reply's status names."""
+    status, message = error.args
+    name = wire.ERRORS[status - 1] if 0 < status <= len(wire.ERRORS) else "KVStoreError"
+    kind = getattr(errors, name, None) or getattr(builtins, name)
+    made: Exception = kind(0, message) if name == "StorageError" else kind(message)
+    return made
+
+
+def unreachable(address: str, error: BaseException) -> KVStoreError:
+    """Return our error for what a native connection raised."""
+    if isinstance(error, TimeoutError):
+        return DeadlineExceededError(f"{address}: {error}")
+    if isinstance(error, ProtocolError):
+        return IncompatibleError(f"{address}: {error}")
+    return PeerUnavailableError(f"{address}: {error}")
+
+
+def dial(target: Target, token: bytes, timeout: float) -> tuple[Connection, wire.Welcome]:
+    """Return a connection that has been welcomed.
+
+    Args:
+        token: of an earlier Welcome, to be one more connection of that client; or empty.
+        timeout: for all of it.
+
+    Raises:
+        PeerUnavailableError, DeadlineExceededError: nobody there, or no answer.
+        IncompatibleError: not a daemon, or of another version, or one that cannot prove that it
+            knows the secret.
+        KVStoreError: the daemon refused; the message is its own.
+    """
+    deadline = time.monotonic() + timeout
+    try:
+        connection = Connection(target.address, timeout)
+    except (OSError, ProtocolError) as error:
+        raise unreachable(target.address, error) from error
+    try:
+        return connection, _greet(connection, target, token, deadline)
+    except (OSError, ProtocolError) as error:
+        connection.close()
+        raise unreachable(target.address, error) from error
+    except RemoteError as error:
+        connection.close()
+        raise error_of(error) from error
+    except BaseException:
+        connection.close()
+        raise
+
+
+def _greet(connection: Connection, target: Target, token: bytes, deadline: float) -> wire.Welcome:
+    nonce = secrets.token_bytes(wire.NONCE_BYTES) if target.secret else b""
+    hello = wire.encode(
+        wire.Hello(wire.VERSION, target.namespace.describe(), token, target.tenant, nonce)
+    )
+    reply = wire.decode_greeting(connection.call(wire.Op.HELLO, hello, _left(deadline)))
+    if isinstance(reply, wire.Challenge):
+        if not target.secret:
+            raise ConfigError(f"token: {target.address} asks for one")
+        if not auth.is_proof(reply.proof, "server", target.secret, hello, reply.nonce):
+            raise IncompatibleError(f"{target.address} does not know our token's secret")
+        proof = wire.encode(wire.Auth(auth.proof_of("client", target.secret, hello, reply.nonce)))
+        reply = wire.decode_greeting(connection.call(wire.Op.AUTH, proof, _left(deadline)))
+    elif target.secret and not token and not target.address.startswith("unix:"):
+        # Whoever takes us without a proof may be anybody.
+        raise IncompatibleError(f"{target.address} did not prove that it knows our token's secret")
+    if not isinstance(reply, wire.Welcome):
+        raise IncompatibleError(f"{target.address}: challenged twice")
+    return reply
+
+
+def _left(deadline: float) -> float:
+    return max(_SECONDS_MIN, deadline - time.monotonic())

@@ -1,0 +1,358 @@
+"""RemoteControl: the decisions of a store that a daemon makes."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from kvstore import wire
+from kvstore._native import Connection
+from kvstore.block import BlockHashes, Namespace
+from kvstore.client.copies import ACK_SECONDS, Copies
+from kvstore.client.handshake import Target
+from kvstore.client.landing import LANDING_BYTES
+from kvstore.client.link import Link, Outages
+from kvstore.client.session import Session
+from kvstore.control import ACK_LEVELS, UNAVAILABLE, Ack, Granted, Offsets, Reserved
+from kvstore.errors import DeadlineExceededError, PeerUnavailableError, StoreClosedError
+from kvstore.events import Event, decode_events
+from kvstore.transfer import TransferResult
+
+_AWAY = (PeerUnavailableError, DeadlineExceededError)
+_IS_PREFETCH, _IS_PIN = 1, 1  # flags of LOOKUP, of ACQUIRE
+_PREFETCH_SECONDS = 60.0
+_POOL_THREADS = 4
+_Value = TypeVar("_Value")
+
+
+class RemoteControl:
+    """See `kvstore.control.Control`.
+
+    Blocks are read and written in place where the daemon lets us map its arena, else through a
+    landing area of `landing_bytes`. Every call ends within `timeout` seconds and what it may wait
+    for by itself; a call that fails to end so finds the daemon away, and so do all calls until a
+    background thread has connected anew.
+
+    Thread safety: all methods may be called from any thread, and from a forked child, which
+    connects for itself.
+
+    Raises:
+        PeerUnavailableError, DeadlineExceededError: nobody answers.
+        IncompatibleError: whoever does is no daemon, or of another version.
+        ConfigError: it refused the namespace, the tenant or the secret.
+    """
+
+    def __init__(self, target: Target, timeout: float, landing_bytes: int = LANDING_BYTES) -> None:
+        self._target = target
+        self._timeout = timeout
+        self._landing_bytes = landing_bytes
+        self._outages = Outages()
+        self._link = Link(target, timeout, self._outages)
+        self._links = {self._link.pid: self._link}  # of this process and its forebears
+        try:
+            self._welcome = self._link.connect().welcome
+        except BaseException:
+            self._link.close()
+            raise
+        self._pool = ThreadPoolExecutor(_POOL_THREADS, thread_name_prefix="kvstore-client")
+        self._copies = self._make_copies()
+
+    @property
+    def welcome(self) -> wire.Welcome:
+        """What the daemon said first."""
+        return self._welcome
+
+    @property
+    def namespace(self) -> Namespace:
+        return self._target.namespace
+
+    @property
+    def piece_blocks(self) -> int | None:
+        is_in_place = self._welcome.may_map and self._welcome.may_map_writable
+        return None if is_in_place else self._copies.piece_blocks
+
+    def require_open(self) -> None:
+        self._link.require_open()
+
+    # --- looking
+
+    def match(self, hashes: BlockHashes) -> int:
+        try:
+            return self._session().ask(
+                Connection.match, 0.0, hashes.array, hashes.start, hashes.parent
+            )
+        except _AWAY as error:
+            self._outages.add_call(error)
+            return 0
+
+    def lookup(self, hashes: BlockHashes, prefetch: bool) -> tuple[int, int]:
+        flags = _IS_PREFETCH if prefetch else 0
+        try:
+            return self._session().ask(
+                Connection.lookup, 0.0, flags, hashes.array, hashes.start, hashes.parent
+            )
+        except _AWAY as error:
+            self._outages.add_call(error)
+            return 0, 0
+
+    def residency(self, hashes: BlockHashes) -> npt.NDArray[np.uint8]:
+        try:
+            return self._session().ask(
+                Connection.residency, 0.0, hashes.array, hashes.start, hashes.parent
+            )
+        except _AWAY as error:
+            self._outages.add_call(error)
+            return np.zeros(len(hashes), np.uint8)
+
+    def describe(self, hashes: BlockHashes) -> bytes:
+        return bytes(self._call(wire.Describe(wire.pack_chain(hashes))))
+
+    def wait_for(self, hashes: BlockHashes, want: int, timeout: float) -> int:
+        try:
+            return self._session().ask(
+                Connection.wait_for,
+                timeout,
+                timeout,
+                want,
+                hashes.array,
+                hashes.start,
+                hashes.parent,
+            )
+        except _AWAY as error:
+            self._outages.add_call(error)
+            return 0
+
+    # --- reading
+
+    def acquire(self, hashes: BlockHashes, ttl: float | None, timeout: float) -> Granted:
+        try:
+            session = self._session()
+            if not session.welcome.may_map:
+                return self._fetch(session, hashes, ttl, timeout)
+            lease, offsets, headers, sequences, checksums = session.ask(
+                Connection.acquire,
+                timeout,
+                -1.0 if ttl is None else ttl,
+                timeout,
+                0,
+                hashes.array,
+                hashes.start,
+                hashes.parent,
+            )
+        except _AWAY as error:
+            self._outages.add_call(error)
+            return self._copies.nothing()
+        arena = session.arena
+        assert arena.readable is not None
+        if lease:
+            lease |= session.tag
+        return Granted(lease, offsets, headers, sequences, checksums, arena.readable, arena.address)
+
+    def _fetch(
+        self, session: Session, hashes: BlockHashes, ttl: float | None, timeout: float
+    ) -> Granted:
+        try:
+            granted, is_damaged = self._copies.acquire(session, hashes, ttl, timeout)
+        except StoreClosedError:  # the lease was over before its blocks were fetched
+            self.require_open()
+            return self._copies.nothing()
+        if is_damaged:
+            self.report_corrupt(hashes[len(granted.offsets)])
+        return granted
+
+    def pin(self, hashes: BlockHashes, timeout: float) -> tuple[int, int]:
+        try:
+            session = self._session()
+            lease, offsets, _, _, _ = session.ask(
+                Connection.acquire,
+                timeout,
+                -1.0,
+                timeout,
+                _IS_PIN,
+                hashes.array,
+                hashes.start,
+                hashes.parent,
+            )
+        except _AWAY as error:
+            self._outages.add_call(error)
+            return 0, 0
+        return (lease | session.tag if lease else 0), len(offsets)
+
+    def release(self, lease: int) -> bool:
+        self._copies.release(lease)
+        try:
+            session = self._session()
+            if not session.owns(lease):
+                return False
+            ended = np.array([lease - session.tag], np.uint64)
+            return bool(session.ask(Connection.release, 0.0, ended)[0])
+        except _AWAY as error:
+            self._outages.add_call(error)
+        except StoreClosedError:
+            pass
+        return False
+
+    def prefetch(self, hashes: BlockHashes) -> Future[TransferResult]:
+        self.require_open()
+
+        def fetch() -> TransferResult:
+            request = wire.Prefetch(wire.pack_chain(hashes), _PREFETCH_SECONDS)
+            try:
+                ready = int(self._call(request, _PREFETCH_SECONDS))
+            except _AWAY:
+                ready = 0
+            return TransferResult(ready, num_missed=len(hashes) - ready)
+
+        return self._submit(fetch)
+
+    # --- writing
+
+    def reserve(self, hashes: BlockHashes, wait: float = 0.0) -> Reserved:
+        try:
+            session = self._session()
+            if not session.welcome.may_map_writable:
+                return self._copies.reserve(session, hashes, wait)
+            arena = session.writable_arena()
+            reservation, offsets, statuses = session.ask(
+                Connection.reserve, wait, wait, hashes.array, hashes.start, hashes.parent
+            )
+        except _AWAY as error:
+            self._outages.add_call(error)
+            nothing = self._copies.nothing()
+            statuses = np.full(len(hashes), UNAVAILABLE, np.uint8)
+            offsets = np.zeros(len(hashes), np.uint64)
+            return Reserved(0, statuses, offsets, nothing.arena, nothing.address)
+        if reservation:
+            session.has_written = True
+            reservation |= session.tag
+        address = session.arena.writable_address
+        return Reserved(reservation, statuses, offsets, arena, address, session.writers)
+
+    def commit(
+        self, reservation: int, checksums: Offsets, hashes: BlockHashes, ack: Ack
+    ) -> Future[Ack] | None:
+        if ack == ACK_LEVELS[0]:
+            if reservation:
+                self._commit(reservation, checksums, hashes, 0)
+            return None
+        level = ACK_LEVELS.index(ack)
+        return self._submit(lambda: self._commit(reservation, checksums, hashes, level))
+
+    def _commit(self, reservation: int, checksums: Offsets, hashes: BlockHashes, level: int) -> Ack:
+        try:
+            session = self._session()
+            if reservation and not session.owns(reservation):
+                raise PeerUnavailableError("the daemon went away before the commit")
+            if reservation and not session.welcome.may_map_writable:
+                reached = self._copies.write(session, reservation, level, checksums, hashes)
+            else:
+                reached = session.ask(
+                    Connection.commit,
+                    ACK_SECONDS if level else 0.0,
+                    reservation and reservation - session.tag,
+                    level,
+                    checksums,
+                    hashes.array,
+                    hashes.start,
+                    hashes.parent,
+                )
+        except _AWAY as error:
+            self._copies.forget(reservation)
+            self._outages.add_call(error)
+            raise
+        except StoreClosedError:
+            self.require_open()
+            raise PeerUnavailableError("the daemon does not know the reservation") from None
+        return ACK_LEVELS[reached]
+
+    def abort(self, reservation: int) -> None:
+        self._copies.forget(reservation)
+        try:
+            session = self._session()
+            if reservation and session.owns(reservation):
+                session.ask(Connection.abort, 0.0, reservation - session.tag)
+        except _AWAY as error:
+            self._outages.add_call(error)
+        except StoreClosedError:
+            pass
+
+    # --- removing and watching
+
+    def remove(self, hashes: BlockHashes) -> int:
+        return int(self._call(wire.Remove(wire.pack_chain(hashes))))
+
+    def report_corrupt(self, block_hash: bytes) -> None:
+        try:
+            self._call(wire.Corrupt(block_hash))
+        except (*_AWAY, StoreClosedError):
+            pass  # who comes back checks what it finds
+
+    def clear(self) -> None:
+        self._call(wire.Clear())
+
+    def flush(self, timeout: float) -> bool:
+        return bool(self._call(wire.Flush(timeout), timeout))
+
+    def events(self) -> Iterator[Event]:
+        """See `kvstore.events`. Of what happened while the daemon was away nothing is known."""
+        packed = self._call(wire.Events())
+        return decode_events(packed, self.namespace.spec.block_tokens)
+
+    def stats(self) -> dict[str, Any]:
+        """The daemon's metrics and our own; while it is away, our own."""
+        try:
+            values = dict(self._call(wire.Stats()))
+        except _AWAY:
+            values = {}
+        for name, value in self._outages.snapshot().items():
+            values[name] = values.get(name, 0) + value
+        return values
+
+    def close(self, timeout: float = 60.0) -> None:
+        """End the session; waits at most `timeout` seconds for calls in the background."""
+        ending = threading.Thread(target=self._pool.shutdown, daemon=True)
+        ending.start()
+        ending.join(timeout)
+        self._link.close()
+
+    def _session(self) -> Session:
+        link = self._link
+        if link.pid != os.getpid():
+            link = self._after_fork(link)
+        return link.current()
+
+    def _after_fork(self, inherited: Link) -> Link:
+        """In a child: connect for ourselves. What the parent's sessions were granted stays its."""
+        link = Link(self._target, self._timeout, self._outages)
+        first = self._links.setdefault(link.pid, link)  # one thread's, where several come at once
+        if first is link:
+            inherited.abandon()
+            self._pool = ThreadPoolExecutor(_POOL_THREADS, thread_name_prefix="kvstore-client")
+            self._copies = self._make_copies()
+            self._link = link
+            link.connect_or_retry()
+        return first
+
+    def _make_copies(self) -> Copies:
+        size = self.namespace.spec.block_bytes
+        return Copies(size, self._landing_bytes, self._welcome.threads)
+
+    def _call(self, request: wire.Call, wait: float = 0.0) -> Any:
+        try:
+            body = self._session().ask(Connection.call, wait, wire.Op.CALL, wire.encode(request))
+        except _AWAY as error:
+            self._outages.add_call(error)
+            raise
+        return wire.decode_value(body)
+
+    def _submit(self, work: Callable[[], _Value]) -> Future[_Value]:
+        try:
+            return self._pool.submit(work)
+        except RuntimeError:  # it was shut down
+            raise StoreClosedError("the store is closed") from None

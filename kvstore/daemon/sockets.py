@@ -1,0 +1,114 @@
+"""Sockets that the daemon listens on, and the directories in which they lie."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import stat
+from pathlib import Path
+
+from kvstore.errors import ConfigError, InUseError, StorageError
+
+_BACKLOG = 128
+
+
+def private_directory(path: Path, name: str) -> None:
+    """Make a directory that only we can enter, or see that it is one.
+
+    Raises:
+        ConfigError: it is another user's, or others may enter it; the message begins with `name`.
+        StorageError: it cannot be made.
+    """
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = path.lstat()
+    except OSError as error:
+        raise StorageError(error.errno or 0, f"{name}: {path}: {error.strerror}") from error
+    if not stat.S_ISDIR(found.st_mode):
+        raise ConfigError(f"{name}: {path} is not a directory")
+    if found.st_uid != os.geteuid():
+        raise ConfigError(f"{name}: {path} belongs to user {found.st_uid}")
+    if found.st_mode & 0o077:
+        raise ConfigError(
+            f"{name}: {path} has mode {found.st_mode & 0o777:04o}, so others may enter it; "
+            f"make it 0700"
+        )
+
+
+def listen_unix(path: Path, mode: int = 0o600) -> socket.socket:
+    """Listen on a Unix socket; a stale one that nobody listens on is removed.
+
+    Raises:
+        ConfigError: something else than a socket lies there.
+        InUseError: somebody listens there.
+        StorageError: the socket cannot be made.
+    """
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if path.is_symlink() or path.exists():
+            _remove_stale(path)
+        listener.bind(str(path))
+        os.chmod(path, mode)  # before listen: until then nobody can connect
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise StorageError(error.errno or 0, f"address: unix:{path}: {error.strerror}") from error
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def _remove_stale(path: Path) -> None:
+    if path.is_symlink() or not path.is_socket():
+        raise ConfigError(f"address: {path} exists and is not a socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink(missing_ok=True)
+            return
+        except (TimeoutError, BlockingIOError):
+            pass  # its queue is full: it lives, or is stopped
+    raise InUseError(f"address: another process listens at unix:{path}")
+
+
+def listen_tcp(host: str, port: int) -> socket.socket:
+    """Listen on a TCP port; port 0 takes a free one.
+
+    Raises:
+        ConfigError: no such host.
+        InUseError: the port is taken.
+    """
+    try:
+        family, kind, protocol, _, where = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except OSError as error:
+        raise ConfigError(f"tcp: {host}: {error}") from error
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(where)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise InUseError(f"tcp: {host}:{port}: {error.strerror}") from error
+    return listener
+
+
+def address_of(listener: socket.socket) -> str:
+    """Return "unix:/path" or "tcp:host:port"."""
+    name = listener.getsockname()
+    if listener.family == socket.AF_UNIX:
+        return f"unix:{name}"
+    host = f"[{name[0]}]" if ":" in name[0] else name[0]
+    return f"tcp:{host}:{name[1]}"
+
+
+def unlink_socket(address: str) -> None:
+    if address.startswith("unix:"):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(address.removeprefix("unix:"))

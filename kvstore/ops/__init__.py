@@ -1,0 +1,1 @@
+"""What an operator types: serve, restart, status, top, inspect, verify, doctor; a module each."""
