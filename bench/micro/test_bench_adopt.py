@@ -24,7 +24,8 @@ def filled(num_blocks: int) -> int:
     core = _native.StoreCore((num_blocks // per_chunk + 1) * CHUNK, CHUNK, False, "lru")
     core.add_namespace(BLOCK_BYTES)
     owner, dice = core.new_owner(), np.random.default_rng(0)
-    plan = ContiguousBlocks(np.ones((CHAIN, BLOCK_BYTES), np.uint8)).plan
+    blocks = np.ones((CHAIN, BLOCK_BYTES), np.uint8)
+    plan = ContiguousBlocks(blocks).plan  # holds addresses only
     for _ in range(num_blocks // CHAIN):
         hashes = dice.integers(0, 256, (CHAIN, 32), np.uint8)
         core.put(owner, 0, hashes, 0, None, plan, np.arange(CHAIN), 1)

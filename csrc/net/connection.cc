@@ -380,6 +380,7 @@ bool Connection::KeepWaiting(double wait_seconds) {
     if (SteadyNowNs() >= until) return false;
     if (!is_parked() && services_.parked.fetch_add(1) == 0) services_.parked.notify_one();
     parked_until_ns_ = until;
+    seen_change_ = 0;
     state_ = State::kWaiting;
     return true;
 }
@@ -391,7 +392,9 @@ void Connection::Unpark() {
 }
 
 void Connection::Retry() {
-    if (state_ == State::kWaiting && is_parked()) Dispatch();
+    if (state_ != State::kWaiting || !is_parked()) return;
+    const bool is_due = SteadyNowNs() >= parked_until_ns_;
+    if (is_due || seen_change_ != core_.ChangeCount()) Dispatch();
 }
 
 }  // namespace kvstore

@@ -138,7 +138,7 @@ private:
     void HandleWaitFor();
     void HandleRead();
     void HandleMap();
-    void CountAcquire(const Chain &chain, std::size_t held);
+    void CountAcquire(const Chain &chain, std::size_t held, bool damaged);
     void Committed(const CommitRequest &request, std::size_t num_stored);
 
     void BeginWrite(std::size_t prefix_bytes);
@@ -174,6 +174,7 @@ private:
     std::int64_t started_ns_ = 0;
     std::uint64_t task_ = 0;
     std::int64_t parked_until_ns_ = 0;
+    std::uint64_t seen_change_ = 0;  // of the core, after which a parked request was looked at
     Incoming incoming_;
     Outgoing outgoing_;
 };

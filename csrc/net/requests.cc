@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "copy/copy.h"
+#include "copy/verify.h"
 #include "core/check.h"
 #include "net/connection.h"
 
@@ -150,9 +150,13 @@ void Connection::HandleAcquire() {
                                 : DeadlineAfter(started_ns_, request.ttl_seconds, kTtlSecondsMax);
     std::vector<Grant> &grants = Scratch<Grant>(chain.n);
     LeaseId lease = 0;
+    std::size_t num_damaged = 0;
     const auto acquire = [&] {
-        return core_.Acquire(owner(), ns(), chain.hashes, chain.n, expires, use, &lease,
-                             grants.data());
+        const std::size_t granted =
+            AcquireVerified(core_, owner(), ns(), chain.hashes, chain.n, expires, use, &lease,
+                            grants.data(), &num_damaged);
+        AddTo(services_.counters.integrity_failures, num_damaged);
+        return granted;
     };
     std::size_t held = acquire();
     if (held < chain.n && request.wait_seconds > 0 && client_->terms.notices &&
@@ -161,7 +165,7 @@ void Connection::HandleAcquire() {
         if (SubmitTask(body(), header_.length)) return;
         held = acquire();
     }
-    if (use) CountAcquire(chain, held);
+    if (use) CountAcquire(chain, held, num_damaged > 0);
     std::uint8_t *reply = StartReply(16 + 32 * held);
     PutU64(reply, lease);
     PutU64(reply + 8, held);
@@ -177,7 +181,7 @@ void Connection::HandleAcquire() {
 }
 
 // Misses have the reason of the first of them: what continues it cannot be had without it.
-void Connection::CountAcquire(const Chain &chain, std::size_t held) {
+void Connection::CountAcquire(const Chain &chain, std::size_t held, bool damaged) {
     NetCounters &counters = services_.counters;
     AddTo(counters.queried_blocks, chain.n);
     AddTo(counters.hit_cpu_blocks, held);
@@ -189,19 +193,16 @@ void Connection::CountAcquire(const Chain &chain, std::size_t held) {
     const std::size_t missed = chain.n - held;
     if (missed == 0) return;
     AddTo(counters.missed_blocks, missed);
+    if (damaged) return AddTo(counters.missed_corrupt_blocks, missed);
     switch (core_.Why(ns(), chain.hashes[held])) {
         case MissReason::kAbsent:
-            AddTo(counters.missed_absent_blocks, missed);
-            break;
+            return AddTo(counters.missed_absent_blocks, missed);
         case MissReason::kPending:
-            AddTo(counters.missed_pending_blocks, missed);
-            break;
+            return AddTo(counters.missed_pending_blocks, missed);
         case MissReason::kEvicted:
-            AddTo(counters.missed_evicted_blocks, missed);
-            break;
+            return AddTo(counters.missed_evicted_blocks, missed);
         case MissReason::kAvailable:
-            AddTo(counters.missed_ssd_blocks, missed);
-            break;
+            return AddTo(counters.missed_ssd_blocks, missed);
     }
 }
 
@@ -276,6 +277,7 @@ void Connection::HandleReserve() {
     std::vector<ReserveStatus> &statuses = Scratch<ReserveStatus>(chain.n);
     std::vector<Grant> &grants = Scratch<Grant>(chain.n);
     std::uint64_t reservation = 0;
+    const std::uint64_t before = core_.ChangeCount();
     if (services_.draining.load(std::memory_order_relaxed)) {
         std::fill_n(statuses.begin(), chain.n, ReserveStatus::kNoSpace);
     } else {
@@ -283,8 +285,13 @@ void Connection::HandleReserve() {
         const auto end = statuses.begin() + static_cast<std::ptrdiff_t>(chain.n);
         const bool full = std::find(statuses.begin(), end, ReserveStatus::kNoSpace) != end;
         if (full && KeepWaiting(request.wait_seconds)) {
-            // Two that each hold half of the room would wait for each other.
-            if (reservation != 0) core_.Abort(owner(), reservation);
+            // Two that each hold half of the room would wait for each other. Giving it back is no
+            // reason to try again; what others did meanwhile is.
+            seen_change_ = before;
+            if (reservation == 0) return;
+            const std::uint64_t between = core_.ChangeCount();
+            core_.Abort(owner(), reservation);
+            if (between == before && core_.ChangeCount() == between + 1) ++seen_change_;
             return;
         }
     }

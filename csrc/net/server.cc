@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <chrono>
 #include <utility>
 
 #include "core/check.h"
@@ -17,6 +18,8 @@ namespace {
 // Between two looks at parked requests, should a change have gone unseen.
 constexpr std::int64_t kWatchNs = 100'000'000;
 constexpr std::int64_t kDrainPollNs = 2'000'000;
+// Between two wake-ups of parked requests: those that take room and give it back wake each other.
+constexpr std::chrono::milliseconds kWakePause(1);
 
 }  // namespace
 
@@ -24,6 +27,7 @@ Server::Server(StoreCore &core, std::size_t threads, std::size_t connections_max
                std::size_t tasks_max)
     : services_(core, tasks_max), connections_max_(connections_max) {
     KV_CHECK(threads > 0);
+    core.Why(0, BlockHash{});  // from now on it remembers what was evicted
     for (std::size_t i = 0; i < threads; ++i) {
         threads_.push_back(std::make_unique<IoThread>(*this, i));
     }
@@ -99,8 +103,9 @@ void Server::Watch() {
         services_.parked.wait(0);
         const std::uint64_t now = services_.core.WaitForChange(seen, SteadyNowNs() + kWatchNs);
         if (now == seen) continue;
-        seen = now;
         for (const auto &thread : threads_) thread->Post(Command{});
+        std::this_thread::sleep_for(kWakePause);
+        seen = now;
     }
 }
 

@@ -31,6 +31,7 @@ struct NetCounters {
     Count missed_pending_blocks{0};
     Count missed_evicted_blocks{0};
     Count missed_ssd_blocks{0};  // on ssd, but the caller did not wait for it
+    Count missed_corrupt_blocks{0};
     Count queried_tokens{0};
     Count hit_cpu_tokens{0};
     Count loaded_bytes{0};

@@ -179,6 +179,7 @@ py::dict Stats(PyServer &self) {
     KV_COUNT(missed_pending_blocks);
     KV_COUNT(missed_evicted_blocks);
     KV_COUNT(missed_ssd_blocks);
+    KV_COUNT(missed_corrupt_blocks);
     KV_COUNT(queried_tokens);
     KV_COUNT(hit_cpu_tokens);
     KV_COUNT(loaded_bytes);

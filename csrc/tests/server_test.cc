@@ -10,7 +10,9 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
+#include <cerrno>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -23,6 +25,7 @@
 #include "copy/copy.h"
 #include "core/check.h"
 #include "net/client.h"
+#include "net/connection.h"
 
 namespace {
 
@@ -308,9 +311,71 @@ void TestStopUnderLoad() {
     rmdir(directory);
 }
 
+// A channel that gives what it was told to and takes everything.
+class ScriptedChannel final : public Channel {
+public:
+    ssize_t Receive(const iovec *parts, std::size_t n) override {
+        KV_CHECK(n == 1);
+        if (script.empty()) {
+            errno = EAGAIN;
+            return -1;
+        }
+        const std::size_t bytes = std::min(parts[0].iov_len, script.size());
+        std::memcpy(parts[0].iov_base, script.data(), bytes);
+        script.erase(script.begin(), script.begin() + static_cast<std::ptrdiff_t>(bytes));
+        return static_cast<ssize_t>(bytes);
+    }
+    ssize_t Send(const iovec *parts, std::size_t n, int) override {
+        std::size_t total = 0;
+        for (std::size_t i = 0; i < n; ++i) total += parts[i].iov_len;
+        return static_cast<ssize_t>(total);
+    }
+    std::vector<std::uint8_t> script;
+};
+
+// When a connection is given up: greeting not over in time, or stuck within a frame; never while
+// it is idle or waits for us.
+void TestDeadlines() {
+    std::string error;
+    StoreCore core(Arena::Create(20 * 12288, 5 * 12288, false, &error), "lru");
+    Services services(core, 8);
+    ScriptedChannel channel;
+    Peer peer;
+    peer.connection = services.roster.NextConnection();
+    Connection connection(services, channel, peer);
+    const auto send = [&](Op op, std::uint32_t length, std::size_t sent) {
+        channel.script.resize(kHeaderBytes + sent);
+        EncodeHeader({static_cast<std::uint8_t>(op), 0, length, 1}, channel.script.data());
+        connection.OnReadable();
+    };
+    const std::int64_t begin = SteadyNowNs();
+    KV_CHECK(connection.deadline_ns() <= begin + Connection::kGreetingNs);
+    send(Op::kHello, 10, 3);
+    KV_CHECK(connection.deadline_ns() <= begin + Connection::kGreetingNs);  // bytes do not help
+    channel.script.assign(7, 0);
+    connection.OnReadable();
+    KV_CHECK(connection.state() == Connection::State::kWaiting);
+    KV_CHECK(connection.deadline_ns() == StoreCore::kNever);
+    ClientTerms terms;
+    terms.client = 1;
+    terms.owner = core.NewOwner();
+    KV_CHECK(services.roster.AddClient(peer.connection, terms));
+    connection.Answer(services.tasks.Pop(0)->id, 0, {});
+    KV_CHECK(connection.state() == Connection::State::kReceiving);
+    KV_CHECK(connection.deadline_ns() == StoreCore::kNever);
+    send(Op::kPing, 10, 3);
+    const std::int64_t stalled = connection.deadline_ns();
+    KV_CHECK(stalled > SteadyNowNs() && stalled <= SteadyNowNs() + Connection::kStallNs);
+    connection.CloseOverdue();
+    KV_CHECK(connection.state() == Connection::State::kClosed);
+    KV_CHECK(services.counters.timed_out_connections.load() == 1);
+    KV_CHECK(services.tasks.Pop(0)->kind == kGone);
+}
+
 }  // namespace
 
 int main() {
+    TestDeadlines();
     TestClients();
     TestStopUnderLoad();
     std::puts("server_test: ok");

@@ -20,6 +20,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -91,7 +92,7 @@ class RandomClient:
         ]
 
     def _connect(self) -> Store:
-        options = {} if self._address.startswith("unix:") else {"token": self._token_file}
+        options: dict[str, Any] = {} if self._address.startswith("unix:") else {"token": Path(self._token_file)}
         while True:
             try:
                 return kvstore.connect(self._address, NAMESPACE, timeout=TIMEOUT_S, **options)

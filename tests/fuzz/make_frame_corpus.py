@@ -23,8 +23,12 @@ NO_NAMESPACE = 4
 REFUSING = 8
 
 
-def frame(op: int, body: bytes = b"", *, length: int | None = None, magic: bytes = b"KVS2") -> bytes:
-    return struct.pack("<4sBBHII", magic, op, 0, 0, len(body) if length is None else length, 1) + body
+def frame(
+    op: int, body: bytes = b"", *, length: int | None = None, magic: bytes = b"KVS2"
+) -> bytes:
+    return (
+        struct.pack("<4sBBHII", magic, op, 0, 0, len(body) if length is None else length, 1) + body
+    )
 
 
 def record(op: int, body: bytes = b"") -> bytes:
