@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import struct
 import threading
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from kvstore.block import BlockHashes, Namespace
 from kvstore.client.copies import ACK_SECONDS, Copies
 from kvstore.client.handshake import Target
 from kvstore.client.landing import LANDING_BYTES
-from kvstore.client.link import Link, Outages
+from kvstore.client.link import Link, Outages, process
 from kvstore.client.session import Session
 from kvstore.control import ACK_LEVELS, UNAVAILABLE, Ack, Granted, Offsets, Reserved
 from kvstore.errors import (
@@ -331,16 +330,18 @@ class RemoteControl:
 
     def _session(self) -> Session:
         link = self._link
-        if link.pid != os.getpid():
-            link = self._after_fork(link)
-        return link.current()
+        session = link.session
+        if session is None or link.pid != process.pid:  # else this is the hot path
+            if link.pid != process.pid:
+                link = self._after_fork()
+            return link.current()
+        return session
 
-    def _after_fork(self, inherited: Link) -> Link:
+    def _after_fork(self) -> Link:
         """In a child: connect for ourselves. What the parent's sessions were granted stays its."""
         link = Link(self._target, self._timeout, self._outages)
         first = self._links.setdefault(link.pid, link)  # one thread's, where several come at once
         if first is link:
-            inherited.abandon()
             self._pool = ThreadPoolExecutor(_POOL_THREADS, thread_name_prefix="kvstore-client")
             self._copies = self._make_copies()
             self._link = link
