@@ -25,6 +25,7 @@
 #include "copy/copy.h"
 #include "core/check.h"
 #include "net/client.h"
+#include "net/connection.h"
 
 namespace {
 
