@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from kvstore.bench import dram, prefix, ssd
+from kvstore.bench import daemon, dram, prefix, ssd
 from kvstore.bench.report import Figure, Report
 from kvstore.bench.timing import Scale
 from kvstore.errors import ConfigError
@@ -71,9 +71,7 @@ def run(
     Raises:
         ConfigError: no such figure, or the directory cannot be used.
     """
-    unknown = sorted(set(only) - set(NAMES))
-    if unknown:
-        raise ConfigError(f"only: {unknown[0]!r} is not one of {', '.join(NAMES)}")
+    _check_names(only, NAMES)
     wanted = set(only) or set(NAMES)
     figures: list[Figure] = []
     for measurement in MEASUREMENTS:
@@ -81,6 +79,31 @@ def run(
             progress(measurement.names[0])
             figures += measurement.run(Scale(quick), directory or Path.cwd())
     return [figure for figure in figures if figure.name in wanted]
+
+
+def run_daemon(
+    only: Sequence[str] = (),
+    address: str = "",
+    *,
+    full: bool = False,
+    quick: bool = False,
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[Figure]:
+    """Measure `only` these figures of the daemon at `address`, or of one of our own.
+
+    Raises:
+        ConfigError: no such figure, or a daemon that cannot be measured.
+        KVStoreError: the daemon cannot be reached or started.
+    """
+    _check_names(only, daemon.NAMES)
+    wanted = set(only) or set(daemon.NAMES) - (frozenset() if full else daemon.FULL_ONLY)
+    return daemon.run(wanted, address, Scale(quick), progress)
+
+
+def _check_names(only: Sequence[str], known: Sequence[str]) -> None:
+    unknown = sorted(set(only) - set(known))
+    if unknown:
+        raise ConfigError(f"only: {unknown[0]!r} is not one of {', '.join(known)}")
 
 
 def bench(
@@ -92,6 +115,16 @@ def bench(
         Path | None,
         typer.Option("--ssd", help="Directory on the disk to measure; default: the current one."),
     ] = None,
+    connect: Annotated[
+        str,
+        typer.Option(metavar="unix:/PATH", help="Measure this daemon instead of the library."),
+    ] = "",
+    of_daemon: Annotated[
+        bool, typer.Option("--daemon", help="Measure a daemon, started for this.")
+    ] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Of a daemon: also what takes long and much memory.")
+    ] = False,
     quick: Annotated[
         bool, typer.Option("--quick", help="Small sizes and few rounds: only an indication.")
     ] = False,
@@ -100,12 +133,22 @@ def bench(
         bool, typer.Option("--markdown", help="Print a Markdown table.")
     ] = False,
 ) -> None:
-    """Measure this machine: what the store does, beside memcpy, the disk and plain Python."""
+    """Measure this machine: what the store does, beside memcpy, the disk and plain Python.
+
+    With --connect or --daemon: what a daemon does for its clients.
+    """
     names = [name for text in only or () for name in text.split(",") if name]
     console = Console(stderr=True)
     with contextlib.ExitStack() as stack:
         status = console.status("measuring")
         if console.is_terminal:
             stack.enter_context(status)
-        figures = run(names, directory, quick, lambda name: status.update(f"measuring {name} ..."))
+
+        def progress(name: str) -> None:
+            status.update(f"measuring {name} ...")
+
+        if connect or of_daemon:
+            figures = run_daemon(names, connect, full=full, quick=quick, progress=progress)
+        else:
+            figures = run(names, directory, quick, progress)
     Report(figures, quick).show(as_json=as_json, as_markdown=as_markdown)

@@ -70,12 +70,17 @@ class Walk:
         self.plain_at = (arena + np.uint64(self.plain.ctypes.data)).reshape(-1, self.batch)
 
     def prepare(self, rounds: int) -> None:
-        """Make the chains of all rounds, and fill the arena with those before the first."""
+        """Make the chains of all rounds, and fill the arena with those before the first.
+
+        All of it is loaded once too: a daemon's client reads through a mapping of its own.
+        """
         for _ in range(self.arena_steps + rounds):
             hashes = self.random.integers(0, 256, (self.batch, 32), np.uint8)
             self.chains.append(BlockHashes.chain(hashes))
         for step in range(self.arena_steps):
             self._put(step)
+        for step in range(self.arena_steps):
+            self._load(step)
 
     def _put(self, step: int) -> None:
         done = self.store.put(
@@ -88,7 +93,9 @@ class Walk:
 
     def load(self, number: int) -> None:
         """Load what was put a quarter of an arena ago: out of every cache, not yet evicted."""
-        step = number + self.arena_steps * 3 // 4
+        self._load(number + self.arena_steps * 3 // 4)
+
+    def _load(self, step: int) -> None:
         done = self.store.load(
             self.chains[step], self.to_engine, self.ids[step % self.engine_steps]
         )
@@ -109,7 +116,10 @@ class Walk:
         )
 
     def check(self, rounds: int) -> None:
-        """Load half of the engine's blocks once more: the bytes are those that were put."""
+        """Load half of the engine's blocks once more: the bytes are those that were put.
+
+        `rounds` is how often `put` was called.
+        """
         np.invert(self.source, out=self.target)
         steps = self.engine_steps // 2
         for number in range(rounds - steps, rounds):
@@ -132,12 +142,25 @@ class Walk:
         return taken
 
 
-def _memory(size: int) -> Bytes:
-    """Touched memory on a page's edge. numpy's own is 16 bytes off, which costs memcpy and us half
+def touched_memory(size: int) -> Bytes:
+    """Memory on a page's edge. numpy's own is 16 bytes off, which costs memcpy and us half
     of the speed; tensors of torch begin on a cache line's edge."""
     room = np.ones(size + 4096, np.uint8)
     start = -room.ctypes.data % 4096
     return room[start : start + size]
+
+
+def walk_of(
+    store: Store,
+    scale: Scale,
+    batch: int,
+    buffers: Callable[[Bytes, BlockSpec], BlockBuffers] = contiguous,
+) -> Walk:
+    """A walk through a store that has `arena_bytes`, or more."""
+    engine_bytes, arena_bytes = scale.pick(256, 32) * MIB, scale.pick(512, 64) * MIB
+    source, target = touched_memory(engine_bytes), touched_memory(engine_bytes)
+    source[:] = np.frombuffer(np.random.default_rng(0).bytes(engine_bytes), np.uint8)
+    return Walk(store, source, target, touched_memory(arena_bytes), buffers, batch)
 
 
 @contextmanager
@@ -147,13 +170,10 @@ def _walk(
     batch: int,
     buffers: Callable[[Bytes, BlockSpec], BlockBuffers] = contiguous,
 ) -> Iterator[Walk]:
-    engine_bytes = scale.pick(256, 32) * MIB
     arena_bytes = scale.pick(512, 64) * MIB
-    source, target, plain = (_memory(size) for size in (engine_bytes, engine_bytes, arena_bytes))
-    source[:] = np.frombuffer(np.random.default_rng(0).bytes(engine_bytes), np.uint8)
     # Headers take less than 4 KiB a block in front of the slots.
     with kvstore.open(spec, cpu=arena_bytes + arena_bytes // 64 + 4 * MIB, threads=1) as store:
-        yield Walk(store, source, target, plain, buffers, batch)
+        yield walk_of(store, scale, batch, buffers)
 
 
 def batches(scale: Scale) -> list[Figure]:

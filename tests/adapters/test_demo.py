@@ -21,10 +21,18 @@ from typer.testing import CliRunner, Result
 pytest.importorskip("torch")
 
 import kvstore
+from kvstore.bench.serving import PrivateDaemon, RunningDaemon
 from kvstore.cli import build_app
 from kvstore_adapters.reference import workload
 from kvstore_adapters.reference.counters import TransferCounters
-from kvstore_adapters.reference.demo_report import DemoRun, report, table, tokens_identical
+from kvstore_adapters.reference.demo_report import (
+    WARM,
+    DemoRun,
+    Name,
+    report,
+    table,
+    tokens_identical,
+)
 from kvstore_adapters.reference.pd import Mode, RequestResult, RunResult
 from kvstore_adapters.reference.tokenizer import ByteTokenizer
 
@@ -34,7 +42,7 @@ else:
     import tomli as tomllib
 
 DEMO = EntryPoint("demo", "kvstore_adapters.reference.demo:command", "kvstore.commands")
-NAMES = ("ttft_cold_ms", "ttft_warm_cpu_ms", "ttft_warm_ssd_ms", "tpot_ms", "bytes_moved")
+NAMES = ("ttft_cold_ms", *WARM, "tpot_ms", "bytes_moved")
 
 
 def invoke(*arguments: str) -> Result:
@@ -61,25 +69,79 @@ def test_a_small_run_prints_one_object_with_the_promised_figures(tmp_path: Path)
     assert figures["tokens_identical"]["value"] is True
     assert math.isclose(sum(printed["hit_ratio"].values()), 1.0)
     runs = {run["name"]: run for run in printed["runs"]}
-    assert [run["mode"] for run in runs.values()] == ["colocated", "pd", *["pd+cache"] * 3]
-    assert runs["pd+cache DRAM"]["hit_ratio"]["cpu"] == 1.0
-    assert runs["pd+cache SSD"]["hit_ratio"]["ssd"] > 0
-    assert runs["pd+cache SSD"]["hit_ratio"]["missed"] == pytest.approx(0.0)
-    assert runs["pd+cache SSD"]["bytes_ssd_read"] > 0
+    assert [run["mode"] for run in runs.values()] == ["colocated", "pd", *["pd+cache"] * 6]
+    for name in (Name.DRAM, Name.SHARED, Name.ENGINE_KILLED, Name.DAEMON_KILLED):
+        assert runs[name]["hit_ratio"]["cpu"] == 1.0, name
+    assert runs[Name.SSD]["hit_ratio"]["ssd"] > 0
+    assert runs[Name.SSD]["hit_ratio"]["missed"] == pytest.approx(0.0)
+    assert runs[Name.SSD]["bytes_ssd_read"] > 0
     assert all(len(run["requests"]) == 3 for run in runs.values())
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert list(tmp_path.iterdir()) == [picture], "the store's directory is gone"
+    assert list(tmp_path.iterdir()) == [picture], "the daemon's directory is gone"
+
+
+QUICK = ("--size", "nano", "--requests", "2", "--max-new-tokens", "2", "--document-tokens", "200")
+
+
+def blocks_of(address: str) -> int:
+    with kvstore.connect(address, kvstore.BlockSpec(1, 1, 16, 16, "int8")) as store:
+        return int(store.stats()["kvstore_cpu_blocks"])
+
+
+@pytest.mark.slow
+def test_a_daemon_of_somebody_else_is_used_and_left_as_it_was(tmp_path: Path) -> None:
+    with PrivateDaemon(tmp_path, cpu="64MiB") as daemon:
+        daemon.start()
+        result = invoke("demo", *QUICK, "--connect", daemon.address, "--json")
+        assert result.exit_code == 0, result.stderr
+        assert blocks_of(daemon.address) == 0
+    printed = json.loads(result.stdout)
+    runs = {run["name"]: run for run in printed["runs"]}
+    assert runs[Name.SHARED]["hit_ratio"]["cpu"] == 1.0
+    assert runs[Name.ENGINE_KILLED]["hit_ratio"]["cpu"] == 1.0
+    assert printed["ttft_warm_engine_restart_ms"] > 0
+    assert printed["ttft_warm_daemon_restart_ms"] is None
+    assert Name.DAEMON_KILLED not in runs
+
+
+@pytest.mark.slow
+def test_a_daemon_of_somebody_else_is_killed_when_told_and_runs_again(tmp_path: Path) -> None:
+    with PrivateDaemon(tmp_path, cpu="64MiB") as daemon:
+        daemon.start()
+        result = invoke("demo", *QUICK, "--connect", daemon.address, "--kill-daemon", "--json")
+        assert result.exit_code == 0, result.stderr
+        try:
+            assert blocks_of(daemon.address) == 0
+        finally:
+            RunningDaemon(daemon.address).kill()
+    printed = json.loads(result.stdout)
+    assert printed["ttft_warm_daemon_restart_ms"] > 0
+    runs = {run["name"]: run for run in printed["runs"]}
+    assert runs[Name.DAEMON_KILLED]["hit_ratio"]["cpu"] == 1.0
 
 
 def fake_runs() -> list[DemoRun]:
-    """Five runs of one request that took two seconds."""
+    """Runs of one request that took two seconds."""
 
-    def one(mode: Mode) -> DemoRun:
+    def one(name: str, mode: Mode) -> DemoRun:
         request = RequestResult("a", 20, [1, 2, 3], [0.5, 1.0, 2.0], latency_s=2.0)
         counters = TransferCounters(queried_blocks=4, hit_cpu_blocks=1, hit_ssd_blocks=2)
-        return DemoRun(mode.value, mode, RunResult([request], 2.0, counters, counters, {}))
+        return DemoRun(name, mode, RunResult([request], 2.0, counters, counters, {}))
 
-    return [one(mode) for mode in (Mode.COLOCATED, Mode.PD, *[Mode.PD_CACHE] * 3)]
+    return [
+        one(Name.COLOCATED, Mode.COLOCATED),
+        one(Name.PD, Mode.PD),
+        *(one(name, Mode.PD_CACHE) for name in (Name.COLD, *WARM.values())),
+    ]
+
+
+def test_runs_that_were_left_out_have_no_figure() -> None:
+    runs = [run for run in fake_runs() if run.name not in (Name.DAEMON_KILLED, Name.SSD)]
+    printed = report(runs)
+    assert printed["ttft_warm_engine_restart_ms"] == 500.0
+    assert printed["ttft_warm_daemon_restart_ms"] is None
+    assert "ttft_warm_daemon_restart_ms" not in {each["name"] for each in printed["figures"]}
+    table(runs, printed)
 
 
 def test_figures_follow_from_the_requests() -> None:
@@ -134,6 +196,8 @@ def test_any_number_of_requests_can_be_made_and_copies_share_no_prefix() -> None
 def test_errors_are_one_line_and_a_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = invoke("demo", "--requests", "0")
     assert (wrong.exit_code, wrong.stderr) == (2, "kvstore: num_requests: 0 is not positive\n")
+    alone = invoke("demo", "--kill-daemon")
+    assert (alone.exit_code, alone.stderr[:22]) == (2, "kvstore: kill_daemon: ")
     missing = invoke("demo", "--ssd", str(tmp_path / "none"))
     assert missing.exit_code == 2
     find_spec: Callable[..., Any] = importlib.util.find_spec

@@ -23,7 +23,6 @@ from hypothesis import strategies as st
 pytest.importorskip("torch")
 
 import kvstore
-from kvstore_adapters.reference.fresh import run_in_fresh_process
 from kvstore_adapters.reference.messages import (
     FRAME_BYTES_MAX,
     Attach,
@@ -74,7 +73,7 @@ def expected(colocated: Cluster) -> dict[str, list[int]]:
     return tokens_of(colocated.run(SESSIONS))
 
 
-def test_tokens_are_the_same_disaggregated_cached_and_from_ssd_in_a_fresh_process(
+def test_tokens_are_the_same_disaggregated_cached_and_from_ssd_when_opened_again(
     expected: dict[str, list[int]], tmp_path: Path
 ) -> None:
     assert len({tuple(tokens) for tokens in expected.values()}) == 6
@@ -94,7 +93,8 @@ def test_tokens_are_the_same_disaggregated_cached_and_from_ssd_in_a_fresh_proces
     assert 0 < cold.prefill.hit_cpu_blocks < cold.prefill.queried_blocks
     assert warm.prefill.hit_cpu_blocks == warm.prefill.queried_blocks
     finished: list[RequestResult] = []
-    fresh = run_in_fresh_process(on_ssd, SESSIONS, finished.append)
+    with Cluster(on_ssd) as reopened:
+        fresh = reopened.run(SESSIONS, finished.append)
     assert tokens_of(fresh) == expected
     assert fresh.prefill.hit_ssd_blocks > 0
     hits = fresh.prefill.hit_cpu_blocks + fresh.prefill.hit_ssd_blocks

@@ -171,9 +171,19 @@ class Client:
     def _read(self, said: queue.Queue[tuple[Client, dict[str, Any]]]) -> None:
         assert self.process is not None
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            with contextlib.suppress(json.JSONDecodeError):  # cut off by a kill
-                said.put((self, json.loads(line)))
+        with self.process.stdout as lines:
+            for line in lines:
+                with contextlib.suppress(json.JSONDecodeError):  # cut off by a kill
+                    said.put((self, json.loads(line)))
+
+    def kill(self) -> None:
+        assert self.process is not None
+        assert self.process.stdin is not None
+        assert self.reader is not None
+        self.process.kill()
+        self.process.wait()
+        self.process.stdin.close()
+        self.reader.join(END_S)
 
     def was_stopped_in(self, begin: float, end: float) -> bool:
         return any(a < end and b > begin for a, b in self.stops)
@@ -237,10 +247,7 @@ class Chaos:
         self._pause(2.0)
 
     def kill_client(self) -> None:
-        client = self.clients.pop(self.random.randrange(len(self.clients)))
-        assert client.process is not None
-        client.process.kill()
-        client.process.wait()
+        self.clients.pop(self.random.randrange(len(self.clients))).kill()
         self._start_client()
         self._pause(0.5)
 
@@ -327,9 +334,7 @@ class Chaos:
     def kill_all(self) -> None:
         """Whatever happened, nothing of this run stays behind."""
         for client in self.clients:
-            if client.process is not None:
-                client.process.kill()
-                client.process.wait()
+            client.kill()
         self.daemon.kill()
         for pid in processes_that_name(str(self.daemon.state)):
             with contextlib.suppress(OSError):

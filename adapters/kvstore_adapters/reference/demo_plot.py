@@ -14,7 +14,11 @@ if TYPE_CHECKING:
     from .pd import RequestResult
 
 PHASE_COLORS = ("#bbccee", "#eecc88", "#ccddaa")
-COLORS = ("#777777", "#4477aa", "#cc6677", "#ddaa33", "#228833")
+# One for each run of demo_report.Name.
+COLORS = (
+    *("#777777", "#4477aa", "#cc6677", "#ddaa33"),
+    *("#66ccee", "#aa3377", "#332288", "#228833"),
+)
 
 
 def draw(runs: list[DemoRun], path: Path) -> None:

@@ -38,8 +38,11 @@ class ModelSource(Message):
 
 
 class Setup(Message, tag="setup"):
+    """`revision` sets the worker's blocks apart from those of the same model elsewhere."""
+
     model: ModelSource
     settings: WorkerSettings
+    revision: str = ""
 
 
 class Attach(Message, tag="attach"):
@@ -76,6 +79,7 @@ class Ready(Message, tag="ready"):
     """The model is loaded: what its blocks are."""
 
     model: str
+    revision: str
     num_layers: int
     num_kv_heads: int
     head_dim: int
@@ -109,7 +113,10 @@ class Refused(Message, tag="refused"):
 
 
 class Counters(Message, tag="counters"):
+    """`reaches_store`: a store answers it now, or there is none."""
+
     counters: TransferCounters
+    reaches_store: bool
 
 
 class Failed(Message, tag="failed"):

@@ -5,8 +5,8 @@
                request reuses what was computed for another
     pd+cache   the same, and prefill workers load what is in the store already
 
-The router shares its store's tiers with the workers (`kvstore.share`); tokens and metrics go over a
-socket to each. It needs no torch.
+Workers connect to a daemon (`address`), or the router opens a store and shares its tiers with them
+(`kvstore.share`). Tokens and metrics go over a socket to each. The router needs no torch.
 
 What holds: a request ends by its deadline, with its tokens or with an error that says why. A worker
 that dies or hangs is given up, and what it had is tried again on another one, of its role while one
@@ -75,7 +75,11 @@ class WorkerError(KVStoreError):
 
 @dataclass(frozen=True)
 class ClusterSettings:
-    """`store` are settings of `kvstore.open`. Colocated, as many workers run as with PD."""
+    """Colocated, as many workers run as with PD.
+
+    `address` is a daemon's; without one, `store` are settings of `kvstore.open`. `revision` sets
+    this cluster's blocks apart from those of the same model that others put there.
+    """
 
     mode: Mode
     model: ModelSource = field(default_factory=ModelSource)
@@ -83,6 +87,8 @@ class ClusterSettings:
     decode_workers: int = 1
     worker: WorkerSettings = field(default_factory=WorkerSettings)
     store: dict[str, str] = field(default_factory=lambda: {"cpu": "256MiB"})
+    address: str = ""
+    revision: str = ""
     layerwise: bool = False
     start_timeout_s: float = 120.0
     request_timeout_s: float = 120.0
@@ -276,7 +282,7 @@ class Cluster:
             self._stack.callback(worker.close)
             self._selector.register(worker.connection, selectors.EVENT_READ, worker)
         for worker in self.workers:
-            worker.send(Setup(settings.model, settings.worker))
+            worker.send(Setup(settings.model, settings.worker, settings.revision))
         self.model = self._gather(Ready)[0]
         address = None
         if settings.mode is not Mode.COLOCATED:
@@ -295,8 +301,13 @@ class Cluster:
             block_tokens=model.block_tokens,
             dtype=model.dtype,
         )
+        namespace = Namespace(model=model.model, spec=spec, revision=model.revision)
+        if self.settings.address:
+            self.store = kvstore.connect(self.settings.address, namespace)
+            self._stack.callback(self.store.close)
+            return self.settings.address
         store: dict[str, Any] = dict(self.settings.store)
-        self.store = kvstore.open(Namespace(model=model.model, spec=spec), **store)
+        self.store = kvstore.open(namespace, **store)
         self._stack.callback(self.store.close)
         folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="kvstore-"))
         address = f"unix:{folder}/store.sock"
@@ -356,7 +367,7 @@ class Cluster:
             wall_s,
             prefill=after[0][0] - before[0][0],
             decode=after[0][1] - before[0][1],
-            store={name: value - before[1][name] for name, value in after[1].items()},
+            store={name: value - before[1].get(name, 0) for name, value in after[1].items()},
         )
 
     def _step(self) -> None:
@@ -489,6 +500,13 @@ class Cluster:
     def _counters(self) -> tuple[TransferCounters, TransferCounters]:
         """Sums over the prefill (or both-role) workers, and over the decode workers."""
         sums = {True: TransferCounters(), False: TransferCounters()}
+        for worker, report in self._reports():
+            sums[worker.role is Role.DECODE] += report.counters
+        return sums[False], sums[True]
+
+    def _reports(self) -> list[tuple[WorkerProcess, Counters]]:
+        """What each worker that answers says of itself."""
+        reports: list[tuple[WorkerProcess, Counters]] = []
         asked = {id(w): w for w in self.workers if w.alive and w.send(Report())}
         deadline = time.monotonic() + SEND_SECONDS_MAX
         while asked and (ready := self._selector.select(max(0.0, deadline - time.monotonic()))):
@@ -500,8 +518,28 @@ class Cluster:
                     asked.pop(id(worker), False)
                 for message in messages or ():
                     if isinstance(message, Counters) and asked.pop(id(worker), False):
-                        sums[worker.role is Role.DECODE] += message.counters
-        return sums[False], sums[True]
+                        reports.append((worker, message))
+        return reports
+
+    def wait_for_store(self, timeout: float) -> bool:
+        """Wait until every worker reaches the store; return whether they all do.
+
+        Between runs only: tokens that arrive meanwhile are lost.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            reports = self._reports()
+            if reports and all(report.reaches_store for _, report in reports):
+                return True
+            if not reports or time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+
+    def kill_workers(self) -> None:
+        """SIGKILL to every worker: an engine that crashes. Nothing can be run afterwards."""
+        for worker in self.workers:
+            worker.give_up()
+            worker.process.wait()
 
     def _store_counters(self) -> dict[str, float]:
         if self.store is None:

@@ -56,7 +56,7 @@ LOST = (
 _Result = TypeVar("_Result")
 
 
-def namespace_of(checkpoint: Checkpoint, page_tokens: int) -> Namespace:
+def namespace_of(checkpoint: Checkpoint, page_tokens: int, revision: str = "") -> Namespace:
     """The namespace of a model's blocks, the same in every process. Reads all weights."""
     config = checkpoint.config
     spec = BlockSpec(
@@ -66,7 +66,8 @@ def namespace_of(checkpoint: Checkpoint, page_tokens: int) -> Namespace:
         block_tokens=page_tokens,
         dtype=str(config.dtype).removeprefix("torch."),
     )
-    return Namespace(model=f"{config.family}-{checkpoint.fingerprint()[:32]}", spec=spec)
+    name = f"{config.family}-{checkpoint.fingerprint()[:32]}"
+    return Namespace(model=name, spec=spec, revision=revision)
 
 
 class _Load:
@@ -132,6 +133,15 @@ class StoreTransfer:
 
     def attach(self, pool: Tensor) -> None:
         self._buffers = PagedBuffers.reference(pool, self._spec)
+
+    def reaches_store(self) -> bool:
+        """Whether the store answers now, and is not left alone after an error."""
+        if self._clock() < self._retry_at:
+            return False
+        try:
+            return "kvstore_cpu_capacity_bytes" in self._store.stats()
+        except LOST:
+            return False
 
     # --- loading
 

@@ -93,6 +93,7 @@ def describe(model: checkpoint.Checkpoint, namespace: Namespace) -> Ready:
     spec = namespace.spec
     return Ready(
         model=namespace.model,
+        revision=namespace.revision,
         num_layers=spec.num_layers,
         num_kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,
@@ -108,7 +109,7 @@ def start(link: Link) -> tuple[ReferenceWorker, StoreTransfer | None]:
     setup = link.receive()
     assert isinstance(setup, Setup)
     model = load_model(setup.model)
-    namespace = namespace_of(model, setup.settings.page_tokens)
+    namespace = namespace_of(model, setup.settings.page_tokens, setup.revision)
     link.send(describe(model, namespace))
     attach = link.receive()
     assert isinstance(attach, Attach)
@@ -155,9 +156,15 @@ def answer(
     elif isinstance(message, Cancel):
         worker.cancel(message.request_id)
     elif isinstance(message, Report):
-        link.send(Counters(transfer.counters if transfer is not None else TransferCounters()))
+        link.send(counters_of(transfer))
     else:
         raise AssertionError(f"{type(message).__name__} after the start")
+
+
+def counters_of(transfer: StoreTransfer | None) -> Counters:
+    if transfer is None:
+        return Counters(TransferCounters(), True)
+    return Counters(transfer.counters, transfer.reaches_store())
 
 
 def new_token(output: Output) -> NewToken:
