@@ -199,7 +199,7 @@ py::dict Stats(PyServer &self) {
     stats["accepted_connections"] = counters.connections_total.load(std::memory_order_relaxed);
     stats["connections"] = services.roster.num_connections();
     stats["tasks"] = services.tasks.size();
-    stats["parked_requests"] = services.parked.load();
+    stats["parked_requests"] = services.num_parked();
     return stats;
 }
 
