@@ -83,7 +83,7 @@ class Daemon:
             *(sys.executable, "-m", "kvstore", "serve", "--http", "", "--state", str(sockets)),
             *("--listen", self.address, "--tcp", self.tcp.removeprefix("tcp:")),
             *("--token-file", str(self.token_file), "--hold-seconds", "120"),
-            *("--cpu", "8MiB", "--chunk", "1MiB", "--ssd", str(ssd), "--ssd-capacity", "48MiB"),
+            *("--cpu", "4MiB", "--chunk", "1MiB", "--ssd", str(ssd), "--ssd-capacity", "48MiB"),
             *("--ssd-segment", "2MiB", "--log-level", "warning", "--scrub", "64MiB"),
         ]
         self.process: subprocess.Popen[bytes] | None = None

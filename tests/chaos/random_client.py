@@ -26,7 +26,15 @@ from typing import Any, Literal
 import numpy as np
 
 import kvstore
-from kvstore import BlockHashes, BlockSpec, ContiguousBlocks, KVStoreError, Namespace, Store
+from kvstore import (
+    BlockHashes,
+    BlockSpec,
+    ContiguousBlocks,
+    KVStoreError,
+    Namespace,
+    PagedBuffers,
+    Store,
+)
 
 SPEC = BlockSpec(num_layers=2, num_kv_heads=1, head_dim=64, block_tokens=16, dtype="float32")
 NAMESPACE = Namespace("chaos", SPEC)
@@ -176,10 +184,12 @@ class RandomClient:
             wanted = np.flatnonzero(reservation.wanted)
             if len(wanted) == 0:
                 return
-            blocks = ContiguousBlocks(payload(chain))
-            reservation.write(blocks, wanted)
-            if self._random.random() < 0.2:
-                time.sleep(self._random.random() * 0.2)
+            pool = payload(chain).view(np.float32).reshape(len(chain), 2, 2, 16, 1, 64)
+            blocks = PagedBuffers.reference(pool, SPEC)
+            reservation.write(blocks, wanted, layers=(0, 1))
+            if self._random.random() < 0.3:
+                time.sleep(self._random.random() * 0.3)  # long enough to be stopped in
+            reservation.write(blocks, wanted, layers=(1, 2))
             reservation.commit().wait(60.0)
 
     def give_up_a_write(self) -> None:
