@@ -92,7 +92,9 @@ class RandomClient:
         ]
 
     def _connect(self) -> Store:
-        options: dict[str, Any] = {} if self._address.startswith("unix:") else {"token": Path(self._token_file)}
+        options: dict[str, Any] = (
+            {} if self._address.startswith("unix:") else {"token": Path(self._token_file)}
+        )
         while True:
             try:
                 return kvstore.connect(self._address, NAMESPACE, timeout=TIMEOUT_S, **options)
