@@ -14,6 +14,8 @@ from kvstore.control import Control, Granted
 from kvstore.errors import ConfigError, StoreClosedError
 from kvstore.layout import BlockBuffers
 
+_UNCHECKED = np.zeros(0, bool)
+
 
 class Lease:
     """Leading blocks of a chain, pinned in the cpu tier.
@@ -44,7 +46,7 @@ class Lease:
         self._verify = verify
         self._threads = threads
         self._released = granted.lease == 0
-        self._checked = np.zeros(len(granted.offsets) if verify else 0, bool)
+        self._checked = np.zeros(len(granted.offsets), bool) if verify else _UNCHECKED
 
     @property
     def num_blocks(self) -> int:

@@ -105,10 +105,15 @@ void Connection::HandleLookup() {
     if (!ParseBody(&request)) return;
     const Chain &chain = request.chain;
     const std::size_t num = core_.Match(ns(), chain.hashes, chain.n, chain.start);
-    std::vector<std::uint8_t> &residency = Scratch<std::uint8_t>(num);
-    core_.Residency(ns(), chain.hashes, num, residency.data());
-    std::size_t num_cpu = 0;
-    while (num_cpu < num && (residency[num_cpu] & 1) != 0) ++num_cpu;
+    std::size_t num_cpu = num;
+    if (client_->terms.notices) {  // else there is no other tier
+        std::vector<std::uint8_t> &residency = Scratch<std::uint8_t>(num);
+        core_.Residency(ns(), chain.hashes, num, residency.data());
+        const auto end = residency.begin() + static_cast<std::ptrdiff_t>(num);
+        num_cpu = static_cast<std::size_t>(
+            std::find_if(residency.begin(), end, [](std::uint8_t r) { return (r & 1) == 0; }) -
+            residency.begin());
+    }
     const bool prefetch = (request.flags & LookupRequest::kPrefetch) != 0;
     if (prefetch && num_cpu < num && client_->terms.notices) {
         Notice(kNoticePrefetch, chain, num);

@@ -25,6 +25,7 @@
 #include "copy/copy.h"
 #include "core/check.h"
 #include "net/client.h"
+#include "net/connection.h"
 
 namespace {
 
@@ -48,6 +49,12 @@ BlockHash HashOf(std::size_t chain, std::size_t i) {
 
 std::vector<std::uint8_t> BytesOf(const BlockHash &hash) {
     return std::vector<std::uint8_t>(kBlockBytes, hash.bytes[0] ^ hash.bytes[3]);
+}
+
+std::string MakeDirectory() {
+    std::string name = "/tmp/kvstore-server-test-" + std::string(6, 'X');
+    KV_CHECK(mkdtemp(name.data()) != nullptr);
+    return name;
 }
 
 int Listen(const std::string &path) {
@@ -237,9 +244,8 @@ void TestClients() {
     KV_CHECK(core.AddNamespace(kBlockBytes, &ns));
     Server server(core, 2, 64, 256);
     KV_CHECK(server.Start(&error));
-    char directory[] = "/tmp/kvstore-server-test-XXXXXX";
-    KV_CHECK(mkdtemp(directory) != nullptr);
-    const std::string path = std::string(directory) + "/s";
+    const std::string directory = MakeDirectory();
+    const std::string path = directory + "/s";
     const int listener = Listen(path);
     KV_CHECK(server.Listen(listener, true));
     std::atomic<int> gone{0};
@@ -263,7 +269,7 @@ void TestClients() {
     for (std::thread &thread : python) thread.join();
     close(listener);
     unlink(path.c_str());
-    rmdir(directory);
+    rmdir(directory.c_str());
 }
 
 // Stop while clients are connected, wait and receive.
@@ -274,9 +280,8 @@ void TestStopUnderLoad() {
     KV_CHECK(core.AddNamespace(kBlockBytes, &ns));
     auto server = std::make_unique<Server>(core, 2, 64, 256);
     KV_CHECK(server->Start(&error));
-    char directory[] = "/tmp/kvstore-server-test-XXXXXX";
-    KV_CHECK(mkdtemp(directory) != nullptr);
-    const std::string path = std::string(directory) + "/s";
+    const std::string directory = MakeDirectory();
+    const std::string path = directory + "/s";
     const int listener = Listen(path);
     KV_CHECK(server->Listen(listener, true));
     std::atomic<int> gone{0};
@@ -307,7 +312,7 @@ void TestStopUnderLoad() {
     const CoreStats stats = core.Stats();
     KV_CHECK(stats.leases == 0 && stats.reservations == 0);
     unlink(path.c_str());
-    rmdir(directory);
+    rmdir(directory.c_str());
 }
 
 // A channel that gives what it was told to and takes everything.

@@ -36,6 +36,10 @@ class Copies:
         """How many blocks one call should take, so that two can be under way."""
         return max(1, self._landing.capacity // 2)
 
+    @property
+    def num_leases(self) -> int:
+        return self._landing.num_held
+
     def nothing(self) -> Granted:
         return Granted(0, _NONE, _NONE, _NONE, _NONE, self._landing.memory, self._landing.address)
 
@@ -107,9 +111,7 @@ class Copies:
         try:
             fitting = hashes[: len(places)]
             if len(fitting):
-                reservation, _, answered = session.ask(
-                    Connection.reserve, wait, wait, fitting.array, fitting.start, fitting.parent
-                )
+                reservation, _, answered = session.reserve(fitting, wait)
                 statuses[: len(fitting)] = answered
                 wanted = np.flatnonzero(statuses == RESERVED)
                 num_kept = len(wanted)

@@ -62,13 +62,13 @@ def error_of(error: RemoteError) -> Exception:
     return made
 
 
-def unreachable(address: str, error: BaseException) -> KVStoreError:
-    """Return our error for what a native connection raised."""
+def unreachable(error: BaseException) -> KVStoreError:
+    """Return our error for what a native connection raised; its message names the address."""
     if isinstance(error, TimeoutError):
-        return DeadlineExceededError(f"{address}: {error}")
+        return DeadlineExceededError(str(error))
     if isinstance(error, ProtocolError):
-        return IncompatibleError(f"{address}: {error}")
-    return PeerUnavailableError(f"{address}: {error}")
+        return IncompatibleError(str(error))
+    return PeerUnavailableError(str(error))
 
 
 def dial(target: Target, token: bytes, timeout: float) -> tuple[Connection, wire.Welcome]:
@@ -88,12 +88,12 @@ def dial(target: Target, token: bytes, timeout: float) -> tuple[Connection, wire
     try:
         connection = Connection(target.address, timeout)
     except (OSError, ProtocolError) as error:
-        raise unreachable(target.address, error) from error
+        raise unreachable(error) from error
     try:
         return connection, _greet(connection, target, token, deadline)
     except (OSError, ProtocolError) as error:
         connection.close()
-        raise unreachable(target.address, error) from error
+        raise unreachable(error) from error
     except RemoteError as error:
         connection.close()
         raise error_of(error) from error

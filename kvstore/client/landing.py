@@ -99,6 +99,10 @@ class Landing:
         return self._sequences[places]
 
     @property
+    def num_held(self) -> int:
+        return len(self._held)
+
+    @property
     def num_free(self) -> int:
         return self._num_free
 

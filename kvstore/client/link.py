@@ -15,6 +15,7 @@ import itertools
 import os
 import threading
 import time
+import weakref
 
 from kvstore import wire
 from kvstore._native import Connection
@@ -28,6 +29,25 @@ _SETTLE_SECONDS = 0.25  # the background thread sees this often whether the link
 _UNSETTLED_MAX = 64  # sessions that no daemon has been told of; of older ones it learns by our end
 
 _generations = itertools.count(1)  # in a forked child they go on from the parent's
+
+
+class _Process:
+    """Which process this is, without a system call for each look; and its links."""
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self.links: weakref.WeakSet[Link] = weakref.WeakSet()
+
+    def forked(self) -> None:
+        """In a child: drop the parent's connections, so that its end is seen when it ends."""
+        self.pid = os.getpid()
+        links, self.links = list(self.links), weakref.WeakSet()
+        for link in links:
+            link.abandon()
+
+
+process = _Process()
+os.register_at_fork(after_in_child=process.forked)
 
 
 class Outages:
@@ -65,7 +85,7 @@ class Link:
     """
 
     def __init__(self, target: Target, timeout: float, outages: Outages) -> None:
-        self.pid = os.getpid()
+        self.pid = process.pid
         self.session: Session | None = None
         self._target = target
         self._timeout = timeout
@@ -77,6 +97,7 @@ class Link:
         self._thread: threading.Thread | None = None
         self._why = ""  # the daemon is away: of an error the words only, it holds on to a session
         self._last: Session | None = None  # whose arena may be the next one's too
+        process.links.add(self)
 
     def connect(self) -> Session:
         """Make the first session.
@@ -114,7 +135,7 @@ class Link:
         session = self.session
         if session is None:
             self.require_open()
-            raise PeerUnavailableError(f"{self._target.address} is away: {self._why}")
+            raise PeerUnavailableError(f"the daemon is away: {self._why}")
         return session
 
     def require_open(self) -> None:

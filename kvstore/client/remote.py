@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,16 +18,23 @@ from kvstore.block import BlockHashes, Namespace
 from kvstore.client.copies import ACK_SECONDS, Copies
 from kvstore.client.handshake import Target
 from kvstore.client.landing import LANDING_BYTES
-from kvstore.client.link import Link, Outages
+from kvstore.client.link import Link, Outages, process
 from kvstore.client.session import Session
 from kvstore.control import ACK_LEVELS, UNAVAILABLE, Ack, Granted, Offsets, Reserved
-from kvstore.errors import DeadlineExceededError, PeerUnavailableError, StoreClosedError
+from kvstore.errors import (
+    DeadlineExceededError,
+    KVStoreError,
+    PeerUnavailableError,
+    StoreClosedError,
+)
 from kvstore.events import Event, decode_events
 from kvstore.transfer import TransferResult
 
 _AWAY = (PeerUnavailableError, DeadlineExceededError)
 _IS_PREFETCH, _IS_PIN = 1, 1  # flags of LOOKUP, of ACQUIRE
 _PREFETCH_SECONDS = 60.0
+_RELEASE = int(wire.Op.RELEASE)
+_RELEASE_ONE = struct.Struct("<QQ")  # how many, which
 _POOL_THREADS = 4
 _Value = TypeVar("_Value")
 
@@ -87,8 +95,8 @@ class RemoteControl:
             return self._session().ask(
                 Connection.match, 0.0, hashes.array, hashes.start, hashes.parent
             )
-        except _AWAY as error:
-            self._outages.add_call(error)
+        except KVStoreError as error:
+            self._missed(error)
             return 0
 
     def lookup(self, hashes: BlockHashes, prefetch: bool) -> tuple[int, int]:
@@ -97,8 +105,8 @@ class RemoteControl:
             return self._session().ask(
                 Connection.lookup, 0.0, flags, hashes.array, hashes.start, hashes.parent
             )
-        except _AWAY as error:
-            self._outages.add_call(error)
+        except KVStoreError as error:
+            self._missed(error)
             return 0, 0
 
     def residency(self, hashes: BlockHashes) -> npt.NDArray[np.uint8]:
@@ -106,8 +114,8 @@ class RemoteControl:
             return self._session().ask(
                 Connection.residency, 0.0, hashes.array, hashes.start, hashes.parent
             )
-        except _AWAY as error:
-            self._outages.add_call(error)
+        except KVStoreError as error:
+            self._missed(error)
             return np.zeros(len(hashes), np.uint8)
 
     def describe(self, hashes: BlockHashes) -> bytes:
@@ -124,8 +132,8 @@ class RemoteControl:
                 hashes.start,
                 hashes.parent,
             )
-        except _AWAY as error:
-            self._outages.add_call(error)
+        except KVStoreError as error:
+            self._missed(error)
             return 0
 
     # --- reading
@@ -145,8 +153,8 @@ class RemoteControl:
                 hashes.start,
                 hashes.parent,
             )
-        except _AWAY as error:
-            self._outages.add_call(error)
+        except KVStoreError as error:
+            self._missed(error)
             return self._copies.nothing()
         arena = session.arena
         assert arena.readable is not None
@@ -157,11 +165,7 @@ class RemoteControl:
     def _fetch(
         self, session: Session, hashes: BlockHashes, ttl: float | None, timeout: float
     ) -> Granted:
-        try:
-            granted, is_damaged = self._copies.acquire(session, hashes, ttl, timeout)
-        except StoreClosedError:  # the lease was over before its blocks were fetched
-            self.require_open()
-            return self._copies.nothing()
+        granted, is_damaged = self._copies.acquire(session, hashes, ttl, timeout)
         if is_damaged:
             self.report_corrupt(hashes[len(granted.offsets)])
         return granted
@@ -179,24 +183,25 @@ class RemoteControl:
                 hashes.start,
                 hashes.parent,
             )
-        except _AWAY as error:
-            self._outages.add_call(error)
+        except KVStoreError as error:
+            self._missed(error)
             return 0, 0
         return (lease | session.tag if lease else 0), len(offsets)
 
     def release(self, lease: int) -> bool:
-        self._copies.release(lease)
+        if self._copies.num_leases:
+            self._copies.release(lease)
         try:
             session = self._session()
             if not session.owns(lease):
                 return False
-            ended = np.array([lease - session.tag], np.uint64)
-            return bool(session.ask(Connection.release, 0.0, ended)[0])
-        except _AWAY as error:
-            self._outages.add_call(error)
+            one = _RELEASE_ONE.pack(1, lease - session.tag)  # cheaper than an array of one
+            return session.ask(Connection.call, 0.0, _RELEASE, one) != b"\0"
         except StoreClosedError:
-            pass
-        return False
+            return False
+        except KVStoreError as error:
+            self._outages.add_call(error)
+            return False
 
     def prefetch(self, hashes: BlockHashes) -> Future[TransferResult]:
         self.require_open()
@@ -205,7 +210,7 @@ class RemoteControl:
             request = wire.Prefetch(wire.pack_chain(hashes), _PREFETCH_SECONDS)
             try:
                 ready = int(self._call(request, _PREFETCH_SECONDS))
-            except _AWAY:
+            except KVStoreError:  # counted
                 ready = 0
             return TransferResult(ready, num_missed=len(hashes) - ready)
 
@@ -219,11 +224,9 @@ class RemoteControl:
             if not session.welcome.may_map_writable:
                 return self._copies.reserve(session, hashes, wait)
             arena = session.writable_arena()
-            reservation, offsets, statuses = session.ask(
-                Connection.reserve, wait, wait, hashes.array, hashes.start, hashes.parent
-            )
-        except _AWAY as error:
-            self._outages.add_call(error)
+            reservation, offsets, statuses = session.reserve(hashes, wait)
+        except KVStoreError as error:
+            self._missed(error)
             nothing = self._copies.nothing()
             statuses = np.full(len(hashes), UNAVAILABLE, np.uint8)
             offsets = np.zeros(len(hashes), np.uint64)
@@ -262,13 +265,12 @@ class RemoteControl:
                     hashes.start,
                     hashes.parent,
                 )
-        except _AWAY as error:
+        except KVStoreError as error:
             self._copies.forget(reservation)
-            self._outages.add_call(error)
-            raise
-        except StoreClosedError:
-            self.require_open()
-            raise PeerUnavailableError("the daemon does not know the reservation") from None
+            self._missed(error)
+            if isinstance(error, _AWAY):
+                raise
+            raise PeerUnavailableError(f"not stored: {error}") from error
         return ACK_LEVELS[reached]
 
     def abort(self, reservation: int) -> None:
@@ -277,10 +279,10 @@ class RemoteControl:
             session = self._session()
             if reservation and session.owns(reservation):
                 session.ask(Connection.abort, 0.0, reservation - session.tag)
-        except _AWAY as error:
-            self._outages.add_call(error)
         except StoreClosedError:
             pass
+        except KVStoreError as error:
+            self._outages.add_call(error)
 
     # --- removing and watching
 
@@ -288,10 +290,8 @@ class RemoteControl:
         return int(self._call(wire.Remove(wire.pack_chain(hashes))))
 
     def report_corrupt(self, block_hash: bytes) -> None:
-        try:
+        with contextlib.suppress(KVStoreError):  # the daemon itself checks what it finds
             self._call(wire.Corrupt(block_hash))
-        except (*_AWAY, StoreClosedError):
-            pass  # who comes back checks what it finds
 
     def clear(self) -> None:
         self._call(wire.Clear())
@@ -321,18 +321,27 @@ class RemoteControl:
         ending.join(timeout)
         self._link.close()
 
+    def _missed(self, error: KVStoreError) -> None:
+        """A call ends as a miss or a refusal, whatever the daemon's reason: an engine's step must
+        not fail for the cache. Not so once we are closed.
+        """
+        self.require_open()
+        self._outages.add_call(error)
+
     def _session(self) -> Session:
         link = self._link
-        if link.pid != os.getpid():
-            link = self._after_fork(link)
-        return link.current()
+        session = link.session
+        if session is None or link.pid != process.pid:  # else this is the hot path
+            if link.pid != process.pid:
+                link = self._after_fork()
+            return link.current()
+        return session
 
-    def _after_fork(self, inherited: Link) -> Link:
+    def _after_fork(self) -> Link:
         """In a child: connect for ourselves. What the parent's sessions were granted stays its."""
         link = Link(self._target, self._timeout, self._outages)
         first = self._links.setdefault(link.pid, link)  # one thread's, where several come at once
         if first is link:
-            inherited.abandon()
             self._pool = ThreadPoolExecutor(_POOL_THREADS, thread_name_prefix="kvstore-client")
             self._copies = self._make_copies()
             self._link = link

@@ -20,9 +20,14 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
+
 from kvstore._native import Connection, ProtocolError, RemoteError
+from kvstore.block import BlockHashes
 from kvstore.client.handshake import Target, dial, error_of, unreachable
 from kvstore.client.mapping import ArenaMap, Bytes
+from kvstore.control import ORPHAN, Offsets
 from kvstore.errors import (
     DeadlineExceededError,
     IncompatibleError,
@@ -141,7 +146,7 @@ class Session:
             raise error_of(error) from None
         except (OSError, ProtocolError) as error:
             self._discard(connection)
-            raise self._lose(unreachable(self._target.address, error)) from error
+            raise self._lose(unreachable(error)) from error
         except BaseException as error:
             if connection.fileno() >= 0:  # an argument was refused: nothing was sent
                 self._give_back(connection)
@@ -153,6 +158,21 @@ class Session:
         if self.is_lost or len(self._idle) > _IDLE_MAX:
             self._trim()
         return answer
+
+    def reserve(
+        self, hashes: BlockHashes, wait: float
+    ) -> tuple[int, Offsets, npt.NDArray[np.uint8]]:
+        """Ask for slots; return the reservation, their offsets, and a status for each hash.
+
+        Raises:
+            PeerUnavailableError: also where the reply makes no sense; the session is over.
+        """
+        reservation, offsets, statuses = self.ask(
+            Connection.reserve, wait, wait, hashes.array, hashes.start, hashes.parent
+        )
+        if len(statuses) != len(hashes) or np.any(statuses > ORPHAN):
+            raise self._lose(IncompatibleError("reserve: a reply of no such form"))
+        return reservation, offsets, statuses
 
     def writable_arena(self) -> Bytes:
         """The arena mapped for writing; asked for at the first put."""
@@ -223,11 +243,15 @@ class Session:
         return connection
 
     def _lose(self, error: Exception) -> KVStoreError:
-        """Say that the session is over; return the error that tells a caller so."""
-        if not isinstance(error, (PeerUnavailableError, DeadlineExceededError)):
-            error = PeerUnavailableError(str(error))
-        self._on_lost(self, error)
-        return error
+        """Say that the session is over; return a new error that tells a caller so.
+
+        A new one, since an error raised from itself is a cycle: it would keep its frames, so this
+        session, so a dead daemon's arena, until the garbage is collected.
+        """
+        is_late = isinstance(error, DeadlineExceededError)
+        lost = (DeadlineExceededError if is_late else PeerUnavailableError)(str(error))
+        self._on_lost(self, lost)
+        return lost
 
     def _give_back(self, connection: Connection) -> None:
         self._idle.append(connection)

@@ -21,7 +21,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -37,6 +37,7 @@ WAIT_S = 0.5
 # Beyond the deadline: two cores, a dozen processes, a scheduler.
 SLACK_S = 4.0
 BEAT_CALLS = 50
+ACKS: tuple[Literal["ssd", "durable"], ...] = ("ssd", "durable")
 
 
 def document(number: int) -> BlockHashes:
@@ -92,12 +93,10 @@ class RandomClient:
         ]
 
     def _connect(self) -> Store:
-        options: dict[str, Any] = (
-            {} if self._address.startswith("unix:") else {"token": Path(self._token_file)}
-        )
+        token = None if self._address.startswith("unix:") else Path(self._token_file)
         while True:
             try:
-                return kvstore.connect(self._address, NAMESPACE, timeout=TIMEOUT_S, **options)
+                return kvstore.connect(self._address, NAMESPACE, timeout=TIMEOUT_S, token=token)
             except (kvstore.PeerUnavailableError, kvstore.DeadlineExceededError):
                 time.sleep(0.05)  # the daemon is dead or stopped: connecting is allowed to fail
 
@@ -135,8 +134,8 @@ class RandomClient:
 
     def put_to_ssd(self) -> None:
         chain = self._some(8)
-        ack = self._random.choice(["ssd", "durable"])
-        self._store.put(chain, ContiguousBlocks(payload(chain)), ack=ack).wait(60.0)
+        blocks = ContiguousBlocks(payload(chain))
+        self._store.put(chain, blocks, ack=self._random.choice(ACKS)).wait(60.0)
 
     def lookup(self) -> None:
         chain = self._some()

@@ -74,8 +74,8 @@ def test_nothing_wrong_late_or_leaked(request: pytest.FixtureRequest, tmp_path: 
 def check_content(chaos: Chaos) -> None:
     """All that is still there is right, through both kinds of connection."""
     for address in (chaos.daemon.address, chaos.daemon.tcp):
-        options = {} if address.startswith("unix:") else {"token": chaos.daemon.token_file}
-        with kvstore.connect(address, NAMESPACE, **options) as store:
+        token = None if address.startswith("unix:") else chaos.daemon.token_file
+        with kvstore.connect(address, NAMESPACE, token=token) as store:
             for chain in DOCUMENTS:
                 room = np.zeros((len(chain), SPEC.block_bytes), np.uint8)
                 loaded = store.load(chain, ContiguousBlocks(room)).wait(END_S).num_blocks

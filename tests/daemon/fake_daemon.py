@@ -6,8 +6,9 @@ import contextlib
 import secrets
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from kvstore import wire
 
@@ -17,7 +18,7 @@ Answer = Callable[[bytes], bytes | None]  # body of the request -> of the reply;
 class FakeDaemon:
     """Listens on a Unix socket; a thread for each connection. `requests` are the ops it got."""
 
-    def __init__(self, path: Path, answers: dict[int, Answer] | None = None) -> None:
+    def __init__(self, path: Path, answers: Mapping[Any, Answer] | None = None) -> None:
         self.address = f"unix:{path}"
         self.epoch = secrets.token_bytes(16)
         self.requests: list[tuple[int, bytes]] = []

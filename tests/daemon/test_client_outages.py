@@ -9,6 +9,7 @@ read map cannot be written; parent and forked child share no connection.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -164,7 +165,7 @@ def test_a_stopped_daemon_costs_one_deadline_and_is_found_again(serving: Serving
         serving.signal(signal.SIGSTOP)
         assert load(store, hashes) == 0
         assert own(store, "deadline_exceeded") == 1
-        for _ in range(20):
+        for _ in range(3):
             assert_away(store)
         assert own(store, "deadline_exceeded") == 1  # nobody waited for it again
         serving.signal(signal.SIGCONT)
@@ -268,6 +269,14 @@ def test_a_reservation_of_a_dead_daemon_touches_nothing_of_the_next(serving: Ser
         assert store.match(new) == 0
 
 
+@pytest.fixture
+def no_gc() -> Iterator[None]:
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_gc")
 def test_outages_leave_no_thread_and_no_descriptor(serving: Serving) -> None:
     hashes = chain(1, 6)
 
@@ -287,11 +296,11 @@ def test_outages_leave_no_thread_and_no_descriptor(serving: Serving) -> None:
 
         outage()
         num_files, num_threads = open_files(), threading.active_count()
-        for _ in range(8):
+        for _ in range(5):
             outage()
-        # Fewer than one an outage: of arenas only the last is mapped; a connection more there may
-        # be, since two may have been in use at once.
-        assert open_files() < num_files + 8
+        # Fewer than one an outage: of arenas only the last is mapped, without the help of the
+        # garbage collector; a connection more there may be, where two were in use at once.
+        assert open_files() < num_files + 5
         assert threading.active_count() <= num_threads
 
 
@@ -320,7 +329,7 @@ def test_close_while_reconnecting_leaves_no_thread(serving: Serving) -> None:
 def test_at_connect_time_errors_are_raised(sockets: Path) -> None:
     with pytest.raises(PeerUnavailableError, match="nobody"):
         connect(f"unix:{sockets}/nobody")
-    with pytest.raises(PeerUnavailableError, match="127.0.0.1:9"):
+    with pytest.raises(PeerUnavailableError, match=r"127\.0\.0\.1:9"):
         connect("tcp:127.0.0.1:9")
     for wrong in ("/tmp/x", "unix:", "unix:" + "x" * 200, "tcp:nowhere", "tcp:h:x"):
         with pytest.raises(kvstore.ConfigError, match="address"):
@@ -331,12 +340,12 @@ def test_at_connect_time_errors_are_raised(sockets: Path) -> None:
     with pytest.raises(kvstore.ConfigError, match="token"):
         connect("tcp:127.0.0.1:9", token="short")
     before = threading.active_count()
-    with FakeDaemon(sockets / "mute", {wire.Op.HELLO: lambda _: None}) as mute:
-        with pytest.raises(DeadlineExceededError):
-            connect(mute.address, timeout=0.05)
-    with FakeDaemon(sockets / "odd", {wire.Op.HELLO: lambda _: b"\xc1 rubbish"}) as odd:
-        with pytest.raises(kvstore.IncompatibleError):
-            connect(odd.address)
+    mute = FakeDaemon(sockets / "mute", {wire.Op.HELLO: lambda _: None})
+    with mute, pytest.raises(DeadlineExceededError):
+        connect(mute.address, timeout=0.05)
+    odd = FakeDaemon(sockets / "odd", {wire.Op.HELLO: lambda _: b"\xc1 rubbish"})
+    with odd, pytest.raises(kvstore.IncompatibleError):
+        connect(odd.address)
     wait_until(lambda: threading.active_count() <= before)
 
 

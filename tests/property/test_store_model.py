@@ -23,6 +23,7 @@ from hypothesis.stateful import (
 
 import kvstore
 from kvstore import BlockHashes, BlockSpec, ContiguousBlocks, KVStoreError, Namespace
+from kvstore.tiers.local import LocalControl
 from tests.store_support import WAIT_S, bytes_of, chain
 
 SPEC = BlockSpec(num_layers=2, num_kv_heads=1, head_dim=64, block_tokens=16, dtype="float32")
@@ -176,7 +177,9 @@ class StoreModel(RuleBasedStateMachine):
             return
         assert self.store.flush(WAIT_S)
         dice = random.Random(seed)
-        arena = self.store.control.arena
+        control = self.store.control
+        assert isinstance(control, LocalControl)
+        arena = control.arena
         for hashes in CHAINS:
             with self.store.acquire(hashes[:1]) as lease:
                 if len(lease) and dice.random() < 0.5:

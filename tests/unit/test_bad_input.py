@@ -26,6 +26,7 @@ from kvstore import (
     StoreConfig,
     load_config,
 )
+from kvstore.tiers.local import LocalControl
 from tests.store_support import (
     BLOCK_BYTES,
     NAMESPACE,
@@ -148,7 +149,9 @@ def test_read_only_buffers_are_no_destination(store: Store) -> None:
 
 
 def test_buffers_that_overlap_the_arena(store: Store) -> None:
-    arena = store.control.arena
+    control = store.control
+    assert isinstance(control, LocalControl)
+    arena = control.arena
     inside = ContiguousBlocks(arena[8192 : 8192 + 4 * BLOCK_BYTES].reshape(4, BLOCK_BYTES))
     with pytest.raises(ValueError, match="overlap"):
         store.load(HASHES, inside)
