@@ -546,6 +546,12 @@ class Connection:
         """-1 once closed."""
     def close(self) -> None: ...
 
+def map_shared(fd: int, bytes: int, writable: bool) -> npt.NDArray[np.uint8]:
+    """Map a file's first bytes, shared, where huge pages of it can be mapped whole. Raises OSError.
+
+    Unmapped with the last array that refers to it.
+    """
+
 class EchoServer:
     """Echoes on a listening socket, one connection after the other: a bench's yardstick."""
 

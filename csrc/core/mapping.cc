@@ -7,7 +7,7 @@
 
 namespace kvstore {
 
-void *MapOnHugeEdge(std::size_t bytes, int fd) {
+void *MapOnHugeEdge(std::size_t bytes, int fd, bool writable) {
     constexpr std::size_t kPage = 4096;
     const std::size_t mapped = (bytes + kPage - 1) / kPage * kPage;
     // Takes address space with room to spare, the mapping in the midst of it, and the rest back.
@@ -18,8 +18,8 @@ void *MapOnHugeEdge(std::size_t bytes, int fd) {
     const auto begin = reinterpret_cast<std::uintptr_t>(taken);
     const std::uintptr_t edge = (begin + kHugePageBytes - 1) / kHugePageBytes * kHugePageBytes;
     const int flags = fd >= 0 ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
-    void *base = mmap(reinterpret_cast<void *>(edge), mapped, PROT_READ | PROT_WRITE,
-                      flags | MAP_FIXED, fd, 0);
+    void *base = mmap(reinterpret_cast<void *>(edge), mapped,
+                      writable ? PROT_READ | PROT_WRITE : PROT_READ, flags | MAP_FIXED, fd, 0);
     if (base == MAP_FAILED) {
         const int error = errno;
         munmap(taken, room);

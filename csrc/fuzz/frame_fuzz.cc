@@ -184,7 +184,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t *data, std::size_t size
     channel.CheckReplies();
     const CoreStats stats = core.Stats();
     KV_CHECK(stats.leases == 0 && stats.reservations == 0);
-    KV_CHECK(services.parked.load() == 0);
+    KV_CHECK(services.num_parked() == 0);
     KV_CHECK(services.roster.num_connections() == 0 && services.roster.Clients().empty());
     return 0;
 }

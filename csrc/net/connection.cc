@@ -378,7 +378,7 @@ bool Connection::KeepWaiting(double wait_seconds) {
     const std::int64_t until =
         is_parked() ? parked_until_ns_ : DeadlineAfter(started_ns_, wait_seconds);
     if (SteadyNowNs() >= until) return false;
-    if (!is_parked() && services_.parked.fetch_add(1) == 0) services_.parked.notify_one();
+    if (!is_parked()) services_.AddParked();
     parked_until_ns_ = until;
     seen_change_ = 0;
     state_ = State::kWaiting;
@@ -388,7 +388,7 @@ bool Connection::KeepWaiting(double wait_seconds) {
 void Connection::Unpark() {
     if (!is_parked()) return;
     parked_until_ns_ = 0;
-    services_.parked.fetch_sub(1);
+    services_.RemoveParked();
 }
 
 void Connection::Retry() {

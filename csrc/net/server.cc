@@ -99,8 +99,7 @@ void Server::HangUp(std::uint64_t connection) {
 // Wakes parked requests when a block became ready or room was made.
 void Server::Watch() {
     std::uint64_t seen = services_.core.ChangeCount();
-    while (!stopping_.load(std::memory_order_acquire)) {
-        services_.parked.wait(0);
+    while (services_.WaitForParked()) {
         const std::uint64_t now = services_.core.WaitForChange(seen, SteadyNowNs() + kWatchNs);
         if (now == seen) continue;
         for (const auto &thread : threads_) thread->Post(Command{});
@@ -126,8 +125,7 @@ void Server::Stop() {
     stopped_ = true;
     stopping_.store(true, std::memory_order_release);
     services_.tasks.Stop();
-    services_.parked.fetch_add(1);  // or the watcher would sleep on
-    services_.parked.notify_one();
+    services_.StopWaiting();
     for (const auto &thread : threads_) thread->Wake();
     for (const auto &thread : threads_) thread->Join();
     watcher_.join();

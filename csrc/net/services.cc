@@ -18,4 +18,36 @@ void Services::EndClient(const Client &client) {
     tasks.Push(std::move(task), true);
 }
 
+void Services::AddParked() {
+    {
+        std::lock_guard lock(parked_mutex_);
+        ++parked_;
+    }
+    parked_changed_.notify_one();
+}
+
+void Services::RemoveParked() {
+    std::lock_guard lock(parked_mutex_);
+    --parked_;
+}
+
+std::uint64_t Services::num_parked() const {
+    std::lock_guard lock(parked_mutex_);
+    return parked_;
+}
+
+bool Services::WaitForParked() {
+    std::unique_lock lock(parked_mutex_);
+    parked_changed_.wait(lock, [&] { return parked_ > 0 || stopped_waiting_; });
+    return !stopped_waiting_;
+}
+
+void Services::StopWaiting() {
+    {
+        std::lock_guard lock(parked_mutex_);
+        stopped_waiting_ = true;
+    }
+    parked_changed_.notify_one();
+}
+
 }  // namespace kvstore

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <atomic>
+#include <condition_variable>
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -75,10 +76,20 @@ public:
     NetCounters counters;
     LatencyHistogram latencies[kOps];
     std::atomic<bool> draining{false};
+
     // How many connections wait for a block or for room.
-    std::atomic<std::uint64_t> parked{0};
+    void AddParked();
+    void RemoveParked();
+    std::uint64_t num_parked() const;
+    // Waits until there is one; false once StopWaiting was called.
+    bool WaitForParked();
+    void StopWaiting();
 
 private:
+    mutable std::mutex parked_mutex_;
+    std::condition_variable parked_changed_;
+    std::uint64_t parked_ = 0;
+    bool stopped_waiting_ = false;
     std::mutex sketch_mutex_;
     PrefixSketch sketch_;
 };

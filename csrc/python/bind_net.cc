@@ -2,6 +2,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -14,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/mapping.h"
 #include "net/client.h"
 #include "net/echo.h"
 #include "net/server.h"
@@ -197,7 +199,7 @@ py::dict Stats(PyServer &self) {
     stats["accepted_connections"] = counters.connections_total.load(std::memory_order_relaxed);
     stats["connections"] = services.roster.num_connections();
     stats["tasks"] = services.tasks.size();
-    stats["parked_requests"] = services.parked.load();
+    stats["parked_requests"] = services.num_parked();
     return stats;
 }
 
@@ -665,8 +667,36 @@ void BindClient(py::module_ &m) {
 
 }  // namespace
 
+namespace {
+
+using namespace py::literals;
+
+// The mapping lives as long as the array or any view of it.
+py::array_t<std::uint8_t> MapShared(int fd, std::size_t bytes, bool writable) {
+    if (fd < 0 || bytes == 0) throw std::invalid_argument("fd and bytes must name a file's bytes");
+    auto *base = static_cast<std::uint8_t *>(MapOnHugeEdge(bytes, fd, writable));
+    if (base == nullptr) {
+        PyErr_SetFromErrno(PyExc_OSError);
+        throw py::error_already_set();
+    }
+    struct Mapping {
+        void *base;
+        std::size_t bytes;
+    };
+    const py::capsule owner(new Mapping{base, bytes}, [](void *pointer) {
+        const std::unique_ptr<Mapping> mapping(static_cast<Mapping *>(pointer));
+        munmap(mapping->base, mapping->bytes);
+    });
+    py::array_t<std::uint8_t> array(static_cast<py::ssize_t>(bytes), base, owner);
+    if (!writable) array.attr("setflags")("write"_a = false);
+    return array;
+}
+
+}  // namespace
+
 void BindNet(py::module_ &m) {
     using namespace py::literals;
+    m.def("map_shared", &MapShared, "fd"_a, "bytes"_a, "writable"_a);
     remote_error = MakeRemoteError().release().ptr();
     protocol_error = PyErr_NewExceptionWithDoc(
         "kvstore._native.ProtocolError",

@@ -262,7 +262,7 @@ void TestClients() {
     KV_CHECK(server.Drain(SteadyNowNs() + 60'000'000'000));
     const CoreStats stats = core.Stats();
     KV_CHECK(stats.leases == 0 && stats.reservations == 0);
-    KV_CHECK(server.services().parked.load() == 0);
+    KV_CHECK(server.services().num_parked() == 0);
     KV_CHECK(server.services().counters.protocol_errors.load() == 0 || gone.load() > 0);
     server.Stop();
     server.Stop();

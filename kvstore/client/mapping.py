@@ -7,12 +7,12 @@ referenced, so what a lease's views show stays there, whatever becomes of the da
 
 from __future__ import annotations
 
-import mmap
 import os
 
 import numpy as np
 import numpy.typing as npt
 
+from kvstore import _native
 from kvstore.errors import IncompatibleError
 
 Bytes = npt.NDArray[np.uint8]
@@ -38,15 +38,14 @@ class ArenaMap:
             IncompatibleError: it is shorter than the daemon says: touching the end would kill us.
             OSError: it cannot be mapped.
         """
-        protection = mmap.PROT_READ | (mmap.PROT_WRITE if is_writable else 0)
         try:
             size = os.fstat(fd).st_size
             if size < self.num_bytes:
                 raise IncompatibleError(f"arena: {size} bytes, not the {self.num_bytes} promised")
-            memory = mmap.mmap(fd, self.num_bytes, mmap.MAP_SHARED, protection)
+            # With 4 KiB pages, first reads and TLB misses would cost more than the copy's own time.
+            array = _native.map_shared(fd, self.num_bytes, is_writable)
         finally:
             os.close(fd)
-        array = np.frombuffer(memory, np.uint8)
         if is_writable:
             self.writable_address = array.ctypes.data
             self.writable = array
