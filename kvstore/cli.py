@@ -14,24 +14,40 @@ from importlib import import_module, metadata
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from kvstore.errors import ConfigError, KVStoreError
 
 ENTRY_POINTS = "kvstore.commands"
 BUILT_IN = {  # name -> "module:function"
-    "bench": "kvstore.bench.command:bench",
     "serve": "kvstore.ops.serve:serve",
-    "restart": "kvstore.ops.restart:restart",
     "status": "kvstore.ops.status:status",
     "top": "kvstore.ops.top:top",
     "inspect": "kvstore.ops.inspect:inspect",
     "verify": "kvstore.ops.verify:verify",
     "doctor": "kvstore.ops.doctor:doctor",
+    "restart": "kvstore.ops.restart:restart",
+    "bench": "kvstore.bench.command:bench",
 }
 
 
+def _plain(params: list[Any]) -> list[Any]:
+    """Have help show a flag without the type of its value."""
+    for param in params:
+        if getattr(param, "is_flag", False):
+            param.metavar = ""
+    return params
+
+
+class _Command(TyperCommand):
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _plain(super().get_params(ctx))
+
+
 class _Commands(TyperGroup):
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _plain(super().get_params(ctx))
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
@@ -78,12 +94,12 @@ def build_app(
     wanted = BUILT_IN if only is None else {only: BUILT_IN[only]}
     for name, target in wanted.items():
         module, _, function = target.partition(":")
-        app.command(name)(getattr(import_module(module), function))
+        app.command(name, cls=_Command)(getattr(import_module(module), function))
     if only is not None:
         return app
     found = metadata.entry_points(group=ENTRY_POINTS) if plugins is None else plugins
     for plugin in sorted(found, key=lambda plugin: plugin.name):
-        app.command(plugin.name)(_loaded(plugin))
+        app.command(plugin.name, cls=_Command)(_loaded(plugin))
     return app
 
 

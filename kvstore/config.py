@@ -79,19 +79,21 @@ def _check_choices(config: object, **kinds: Any) -> None:
 class StoreConfig:
     """An embedded store. Sizes are bytes or text such as "8GiB"; see `parse_bytes`."""
 
-    cpu: int | str = setting("1GiB", "DRAM for blocks; taken when the store is opened")
+    cpu: int | str = setting("1GiB", "DRAM for blocks, taken at the start")
     chunk: int | str = setting(0, "unit in which block sizes share the arena; 0: chosen from `cpu`")
     huge_pages: bool = setting(False, "back the arena with reserved huge pages (vm.nr_hugepages)")
     eviction: str = setting("lru", "which blocks leave DRAM first: lru, lfu, s3fifo, mq")
     verify: Verify = setting(
-        "boundary", '"always": check every read, not only where bytes cross a boundary'
+        "boundary", "boundary: check what comes from disk or a socket; always: every read too"
     )
     threads: int = setting(2, "upper bound of threads that copy one batch")
-    ssd: str = setting("", "directory of the ssd tier; empty: none")
-    ssd_capacity: int | str = setting("16GiB", "bound of the ssd tier")
-    ssd_segment: int | str = setting("256MiB", "size of one segment file")
-    ssd_io: IoKind = setting("auto", "auto, uring or threads")
-    ssd_depth: int = setting(16, "requests in flight")
+    ssd: str = setting("", "directory of the ssd tier; default none")
+    ssd_capacity: int | str = setting(
+        "16GiB", "bound of its segment files; at least three segments"
+    )
+    ssd_segment: int | str = setting("256MiB", "size of a segment file")
+    ssd_io: IoKind = setting("auto", "auto, uring or threads: how it is read and written")
+    ssd_depth: int = setting(16, "disk requests in flight")
     codec: str = setting(
         "none", "how blocks are encoded on ssd: none, zstd, int8 (lossy), fp8 (lossy)"
     )
@@ -99,7 +101,7 @@ class StoreConfig:
         "256MiB", "bytes that may wait for the ssd; over it, blocks are offered again later"
     )
     ssd_admission: Admission = setting(
-        "all", '"reuse": a block is written to ssd when it is used again'
+        "all", "what is written to ssd: all that is put, or reuse: what is used again"
     )
     ssd_write_budget: int | str = setting(
         0, "bytes a second that may be written to ssd; 0: no bound"
@@ -197,11 +199,14 @@ class DaemonConfig(StoreConfig):
     """The daemon, `kvstore serve`: an embedded store's settings and these."""
 
     listen: str = setting("", "unix:/path; default kvstore.sock in the user's runtime directory")
-    tcp: str = setting("", "host:port for clients of other hosts; empty: none")
-    token_file: str = setting("", "file (mode 0600) with the secret that TCP clients prove")
+    tcp: str = setting("", "host:port for clients of other hosts; default none")
+    token_file: str = setting(
+        "", "file (mode 0600) with the secret that TCP clients prove, and HTTP asks for"
+    )
     http: str = setting("127.0.0.1:9470", "host:port of metrics and status page; empty: none")
     client_writes: ClientWrites = setting(
-        "in_place", '"copy": clients never map the arena writable, puts go through the socket'
+        "in_place",
+        "in_place, or copy: puts go through the socket, no client maps the arena writable",
     )
     hold_seconds: float = setting(600.0, "how long DRAM content outlives a daemon that died")
     state: str = setting("", "directory of lock and holder; default beside the socket")
@@ -209,7 +214,7 @@ class DaemonConfig(StoreConfig):
     io_threads: int = setting(2, "threads that answer clients")
     log_level: LogLevel = setting("info", "debug, info, warning or error")
     log_format: LogFormat = setting("text", "text or json")
-    trace: str = setting("", "OTLP endpoint for traces; empty: none")
+    trace: str = setting("", "OTLP endpoint for traces; default none")
     tenants: dict[str, TenantConfig] = field(
         default_factory=dict, metadata={"help": "tables [tenants.NAME]"}
     )

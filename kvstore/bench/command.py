@@ -109,11 +109,19 @@ def _check_names(only: Sequence[str], known: Sequence[str]) -> None:
 def bench(
     only: Annotated[
         list[str] | None,
-        typer.Option("--only", help="Measure only this figure; several times, or with commas."),
+        typer.Option(
+            "--only",
+            metavar="NAME",
+            help="Measure only this figure; several times, or with commas.",
+        ),
     ] = None,
     directory: Annotated[
         Path | None,
-        typer.Option("--ssd", help="Directory on the disk to measure; default: the current one."),
+        typer.Option(
+            "--ssd",
+            metavar="DIR",
+            help="Directory on the disk to measure; default: the current one.",
+        ),
     ] = None,
     connect: Annotated[
         str,

@@ -189,6 +189,7 @@ def main() -> None:
     except OSError as error:
         sys.stderr.write(f"{path}: {error.strerror}\n")
         raise SystemExit(1) from None
+    path = os.path.abspath(path)  # detach leaves this directory
     detach(listener)
     holder = Holder(listener)
     try:

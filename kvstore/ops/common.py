@@ -45,7 +45,8 @@ TokenOption = Annotated[
     ),
 ]
 TimeoutOption = Annotated[
-    float, typer.Option("--timeout", min=0.01, help="Seconds to wait for an answer.")
+    float,
+    typer.Option("--timeout", metavar="SECONDS", min=0.01, help="How long to wait for an answer."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 

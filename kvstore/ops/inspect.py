@@ -40,7 +40,11 @@ _HASHES_MAX = 1 << 16  # of one question
 def inspect(
     hashes: Annotated[
         list[str] | None,
-        typer.Argument(help="Block hashes in hex, or @FILE with one a line.", show_default=False),
+        typer.Argument(
+            metavar="HASH",
+            help="Block hashes in hex, or @FILE with one a line.",
+            show_default=False,
+        ),
     ] = None,
     namespace: Annotated[
         str | None,
@@ -60,8 +64,7 @@ def inspect(
 
     With --ssd nothing is asked of a daemon and nothing is written.
 
-    Examples: kvstore inspect; kvstore inspect --namespace 3fa9 @hashes.txt; kvstore inspect --ssd
-    /var/cache/kvstore
+    Example: kvstore inspect --namespace 3fa9 @hashes.txt
     """
     with failures(as_json):
         if ssd is not None:

@@ -19,9 +19,18 @@ from kvstore.ops.common import ConfigOption
 
 log = logging.getLogger(__name__)
 
+_METAVARS = {"int | str": "BYTES", "int": "N", "float": "SECONDS"}  # by a field's annotation
+
 
 def _settings() -> list[dataclasses.Field[Any]]:
     return [field for field in dataclasses.fields(DaemonConfig) if field.name != "tenants"]
+
+
+def _help(field: dataclasses.Field[Any]) -> str:
+    """What a setting is, and its default where that is a value."""
+    if field.default == "" or isinstance(field.default, bool):
+        return help_of(field)
+    return f"{help_of(field)} (default: {field.default})"
 
 
 def _with_setting_flags(command: Callable[..., None]) -> Callable[..., None]:
@@ -35,8 +44,12 @@ def _with_setting_flags(command: Callable[..., None]) -> Callable[..., None]:
         is_switch = isinstance(field.default, bool)
         kind: Any = bool if is_switch else str
         names = [f"{flag}/--no-{flag[2:]}"] if is_switch else [flag]
-        shown = "none" if field.default == "" else field.default
-        note = typer.Option(*names, help=f"{help_of(field)} [default: {shown}]", show_default=False)
+        note = typer.Option(
+            *names,
+            help=_help(field),
+            show_default=False,
+            metavar=_METAVARS.get(str(field.type), "TEXT"),
+        )
         flags.append(
             inspect.Parameter(
                 field.name,
@@ -71,6 +84,10 @@ def serve(
     """Run the daemon: one cache for all engines of this host.
 
     DRAM content of a daemon that died, or was restarted, is taken over where the settings fit.
+    SIGTERM ends it and frees the memory; SIGHUP, or `kvstore restart`, starts it again with the
+    content kept.
+
+    Example: kvstore serve --cpu 64GiB --ssd /var/cache/kvstore
     """
     settings, found = load_daemon_config(config, **flags)
     if print_config:

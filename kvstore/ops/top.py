@@ -64,10 +64,11 @@ def top(
     token_file: TokenOption = None,
     timeout: TimeoutOption = 2.0,
     interval: Annotated[
-        float, typer.Option("--interval", min=0.1, help="Seconds from one look to the next.")
+        float,
+        typer.Option("--interval", metavar="SECONDS", min=0.1, help="From one look to the next."),
     ] = 1.0,
     count: Annotated[
-        int, typer.Option("--count", min=0, help="End after so many looks; 0: never.")
+        int, typer.Option("--count", metavar="N", min=0, help="End after so many looks; 0: never.")
     ] = 0,
     once: Annotated[bool, typer.Option("--once", help="The same as --count 1.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,

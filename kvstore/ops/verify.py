@@ -59,14 +59,19 @@ def verify(  # noqa: PLR0913  (one argument an option)
         typer.Option("--ssd", metavar="DIR", help="Check an SSD directory that is not in use."),
     ] = None,
     findings: Annotated[
-        int, typer.Option("--findings", min=0, help="Tell of at most so many damages one by one.")
+        int, typer.Option("--findings", metavar="N", min=0, help="List at most so many damages.")
     ] = 100,
-    io: Annotated[str, typer.Option("--io", help="auto, uring or threads; with --ssd.")] = "auto",
+    io: Annotated[
+        str, typer.Option("--io", metavar="KIND", help="With --ssd: auto, uring or threads.")
+    ] = "auto",
     connect: ConnectOption = None,
     config: ConfigOption = None,
     token_file: TokenOption = None,
     seconds: Annotated[
-        float, typer.Option("--seconds", min=0.1, max=3600, help="The most a daemon may take.")
+        float,
+        typer.Option(
+            "--seconds", metavar="SECONDS", min=0.1, max=3600, help="The most a daemon may take."
+        ),
     ] = 3600.0,
     timeout: TimeoutOption = 2.0,
     as_json: JsonOption = False,

@@ -79,6 +79,21 @@ def test_what_was_put_comes_back_on_another_connection(holding: Holding, tmp_pat
     os.close(again[0])
 
 
+def test_a_relative_directory_is_left_without_a_socket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    holding = Holding(Path(), 60.0)
+    fd = memory(b"x")
+    holding.put(fd, "g")
+    os.close(fd)
+    pid = holding.pid
+    holding.drop()
+    holding.close()
+    wait_until(lambda: is_gone(pid))
+    assert not (tmp_path / SOCKET_NAME).exists()
+
+
 def test_it_keeps_nothing_but_what_it_was_given(holding: Holding) -> None:
     with open(os.devnull) as inherited:
         os.set_inheritable(inherited.fileno(), True)

@@ -7,6 +7,8 @@ the native connection; directories are real. Each is asked for JSON and for tabl
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from typer.testing import CliRunner, Result
 import kvstore.admin
 from kvstore import wire
 from kvstore.cli import build_app
+from kvstore.config import DaemonConfig
 from kvstore.ops import views
 from kvstore.ops.inspect import parse_hashes
 from kvstore.tiers.ssd_format import PAGE_BYTES
@@ -64,6 +67,16 @@ def test_help_has_an_example_of_the_command(command: str) -> None:
     assert shown.exit_code == 0
     assert f"kvstore {command}" in " ".join(shown.stdout.split())
     assert "--json" in shown.stdout
+
+
+def test_help_of_serve_has_each_setting_with_its_default() -> None:
+    shown = " ".join(re.sub("[│╭╮╰╯─]", " ", run("serve", "--help").stdout).split())
+    for setting in fields(DaemonConfig):
+        if setting.name != "tenants":
+            assert "--" + setting.name.replace("_", "-") in shown
+        if setting.default and setting.default is not MISSING:
+            assert f"(default: {setting.default})" in shown
+    assert "<bool>" not in shown
 
 
 # -- status

@@ -31,16 +31,21 @@ def command(  # noqa: PLR0913 - one argument an option
         str | None, typer.Option(metavar="DIR", help="Hugging Face Llama or Qwen checkpoint.")
     ] = None,
     size: Annotated[
-        str, typer.Option(help="Random model where there is no --model: tiny, small or medium.")
+        str,
+        typer.Option(
+            metavar="SIZE", help="Random model where there is no --model: tiny, small or medium."
+        ),
     ] = "tiny",
-    seed: Annotated[int, typer.Option(help="Of the random model.")] = 0,
-    requests: Annotated[int, typer.Option(help="How many requests a run has.")] = 10,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate for each.")] = 16,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the random model.")] = 0,
+    requests: Annotated[int, typer.Option(metavar="N", help="How many requests a run has.")] = 10,
+    max_new_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Tokens to generate for each.")
+    ] = 16,
     document_tokens: Annotated[
-        int | None, typer.Option(help="Cut the document to so many tokens; 0: whole.")
+        int | None, typer.Option(metavar="N", help="Cut the document to so many tokens; 0: whole.")
     ] = None,
-    prefill_workers: Annotated[int, typer.Option(help="Processes that prefill.")] = 1,
-    decode_workers: Annotated[int, typer.Option(help="Processes that decode.")] = 1,
+    prefill_workers: Annotated[int, typer.Option(metavar="N", help="Processes that prefill.")] = 1,
+    decode_workers: Annotated[int, typer.Option(metavar="N", help="Processes that decode.")] = 1,
     connect: Annotated[
         str,
         typer.Option(metavar="unix:/PATH", help="Use this daemon; default: the demo runs its own."),
@@ -49,7 +54,9 @@ def command(  # noqa: PLR0913 - one argument an option
         bool,
         typer.Option("--kill-daemon", help="Kill that daemon too, and start it again as it was."),
     ] = False,
-    cpu: Annotated[str, typer.Option(help="DRAM of the demo's own daemon.")] = "512MiB",
+    cpu: Annotated[
+        str, typer.Option(metavar="BYTES", help="DRAM of the demo's own daemon.")
+    ] = "512MiB",
     ssd: Annotated[
         Path | None,
         typer.Option(
