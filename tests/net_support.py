@@ -41,6 +41,7 @@ class Daemon:
             "notice_used": False,
             "label": "test",
         }
+        self.writer: tuple[int, ...] = ()  # who clients write in place as: id, pid, its start
         self.tasks: list[_native.Task] = []
         self.answers: dict[int, Callable[[_native.Task], bytes]] = {CALL: lambda task: task.body}
         self.held_back: set[int] = set()  # kinds that are left unanswered
@@ -82,7 +83,7 @@ class Daemon:
             self.native.join_client(task.connection, client)
             return task.body
         self._next_client += 1
-        owner = self.core.new_owner()
+        owner = self.core.new_owner(*self.writer)
         namespace_id = -1 if task.body == b"no namespace" else self.namespace_id
         if not self.native.add_client(
             task.connection, self._next_client, owner, namespace_id, **self.terms

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <functional>
 #include <mutex>
 #include <utility>
 
@@ -73,21 +74,45 @@ void StoreCore::ReleaseOwner(OwnerId owner) {
     std::vector<std::uint64_t> unfinished;
     {
         WriteLock lock(mutex_);
-        for (auto it = leases_.begin(); it != leases_.end();) {
-            if (it->second.owner == owner) {
-                EndLease(it->second);
-                it = leases_.erase(it);
-            } else {
-                ++it;
-            }
-        }
-        for (const auto &[id, reservation] : reservations_) {
-            if (reservation.owner == owner) unfinished.push_back(id);
-        }
+        unfinished = EndLeasesOf(owner);
         writers_.erase(owner);
         Changed();
     }
     for (const std::uint64_t id : unfinished) Abort(owner, id);
+}
+
+void StoreCore::AbandonOwner(OwnerId owner) {
+    {
+        WriteLock lock(mutex_);
+        const auto known = writers_.find(owner);
+        if (known != writers_.end()) {
+            const SlotWriter writer = known->second;
+            for (const std::uint64_t number : EndLeasesOf(owner)) {
+                const auto it = reservations_.find(number);
+                const std::vector<EntryId> blocks = std::move(it->second.blocks);
+                reservations_.erase(it);
+                for (std::size_t i = blocks.size(); i-- > 0;) QuarantineSlot(blocks[i], writer);
+            }
+        }
+    }
+    ReleaseOwner(owner);
+}
+
+// Ends the owner's leases; returns its reservations.
+std::vector<std::uint64_t> StoreCore::EndLeasesOf(OwnerId owner) {
+    for (auto it = leases_.begin(); leased_.contains(owner) && it != leases_.end();) {
+        if (it->second.owner == owner) {
+            EndLease(it->second);
+            it = leases_.erase(it);
+        } else {
+            ++it;
+        }
+    }
+    std::vector<std::uint64_t> unfinished;
+    for (const auto &[id, reservation] : reservations_) {
+        if (reservation.owner == owner) unfinished.push_back(id);
+    }
+    return unfinished;
 }
 
 // --- looking
@@ -136,9 +161,13 @@ std::size_t StoreCore::Acquire(OwnerId owner, NamespaceId ns, const BlockHash *h
     WriteLock lock(mutex_);
     EndOverdueLeases();
     index_.FindMany(ns, hashes, n, found.data());
+    const auto leased = leased_.find(owner);
+    const std::size_t taken = kLeaseCost + (leased == leased_.end() ? 0 : leased->second);
+    const std::size_t most = taken < kLeasedMax ? std::min(n, kLeasedMax - taken) : 0;
     std::size_t held = 0;
-    while (held < n && found[held] != kNoEntry && index_[found[held]].cpu == CpuState::kReady) {
+    while (held < most && found[held] != kNoEntry && index_[found[held]].cpu == CpuState::kReady) {
         Entry &entry = index_[found[held]];
+        if (entry.leases >= kLeasesMax) break;
         ++entry.leases;
         entry.used = entry.used || use;
         grants[held] = GrantOf(entry);
@@ -151,9 +180,7 @@ std::size_t StoreCore::Acquire(OwnerId owner, NamespaceId ns, const BlockHash *h
         PolicyOf(entry).Touch(entry.slot);
     }
     found.resize(held);
-    *lease = next_id_++;
-    leases_.emplace(*lease, Lease{owner, expires_ns, std::move(found)});
-    next_expiry_ns_ = std::min(next_expiry_ns_, expires_ns);
+    *lease = AddLease(owner, expires_ns, std::move(found));
     return held;
 }
 
@@ -168,7 +195,7 @@ bool StoreCore::Release(OwnerId owner, LeaseId lease) {
 }
 
 LeaseId StoreCore::ShareLease(OwnerId owner, LeaseId lease, std::uint64_t first, std::uint64_t n,
-                              std::vector<Grant> *grants) {
+                              OwnerId reader, std::vector<Grant> *grants) {
     WriteLock lock(mutex_);
     EndOverdueLeases();
     const auto it = leases_.find(lease);
@@ -183,9 +210,7 @@ LeaseId StoreCore::ShareLease(OwnerId owner, LeaseId lease, std::uint64_t first,
         ++index_[id].leases;
         grants->push_back(GrantOf(index_[id]));
     }
-    const LeaseId shared = next_id_++;
-    leases_.emplace(shared, Lease{owner, kNever, std::move(blocks)});
-    return shared;
+    return AddLease(reader, kNever, std::move(blocks));
 }
 
 std::size_t StoreCore::ExpireLeases() {
@@ -194,27 +219,41 @@ std::size_t StoreCore::ExpireLeases() {
 }
 
 std::size_t StoreCore::EndOverdueLeases() {
-    if (next_expiry_ns_ == kNever) return 0;
+    if (expiries_.empty()) return 0;
     const std::int64_t now = SteadyNowNs();
-    if (now < next_expiry_ns_) return 0;
     std::size_t ended = 0;
-    next_expiry_ns_ = kNever;
-    for (auto it = leases_.begin(); it != leases_.end();) {
-        if (it->second.expires_ns <= now) {
-            EndLease(it->second);
-            it = leases_.erase(it);
-            ++ended;
-        } else {
-            next_expiry_ns_ = std::min(next_expiry_ns_, it->second.expires_ns);
-            ++it;
-        }
+    while (!expiries_.empty() && expiries_.front().first <= now) {
+        std::pop_heap(expiries_.begin(), expiries_.end(), std::greater<>());
+        const auto it = leases_.find(expiries_.back().second);
+        expiries_.pop_back();
+        if (it == leases_.end()) continue;
+        EndLease(it->second);
+        leases_.erase(it);
+        ++ended;
     }
     stats_.leases_expired += ended;
     if (ended > 0) Changed();
     return ended;
 }
 
+LeaseId StoreCore::AddLease(OwnerId owner, std::int64_t expires_ns, std::vector<EntryId> blocks) {
+    leased_[owner] += kLeaseCost + blocks.size();
+    const LeaseId lease = next_id_++;
+    leases_.emplace(lease, Lease{owner, expires_ns, std::move(blocks)});
+    if (expires_ns == kNever) return lease;
+    expiries_.emplace_back(expires_ns, lease);
+    std::push_heap(expiries_.begin(), expiries_.end(), std::greater<>());
+    if (expiries_.size() > 2 * leases_.size() + 1024) {  // most of them were released
+        std::erase_if(expiries_, [&](const auto &each) { return !leases_.contains(each.second); });
+        std::make_heap(expiries_.begin(), expiries_.end(), std::greater<>());
+    }
+    return lease;
+}
+
 void StoreCore::EndLease(const Lease &lease) {
+    const auto leased = leased_.find(lease.owner);
+    leased->second -= kLeaseCost + lease.blocks.size();
+    if (leased->second == 0) leased_.erase(leased);
     for (std::size_t i = lease.blocks.size(); i-- > 0;) Unlease(lease.blocks[i]);
 }
 
@@ -301,9 +340,7 @@ LeaseId StoreCore::AcquireForScrub(OwnerId owner, std::uint64_t *cursor, std::si
         blocks->push_back({entry.namespace_id, entry.hash, payload_bytes, GrantOf(entry)});
     }
     if (pinned.empty()) return 0;
-    const LeaseId lease = next_id_++;
-    leases_.emplace(lease, Lease{owner, kNever, std::move(pinned)});
-    return lease;
+    return AddLease(owner, kNever, std::move(pinned));
 }
 
 // --- removing

@@ -33,6 +33,7 @@
 #include <shared_mutex>
 #include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "core/arena.h"
@@ -131,7 +132,7 @@ struct RecoverResult {
     std::uint64_t bytes = 0;  // payload adopted
 };
 
-// Slots that a writer of the process before may still be writing to.
+// Slots that a writer of the process before, or one that we hung up on, may still be writing to.
 struct Quarantined {
     SlotWriter writer;
     std::uint64_t num_slots = 0;
@@ -159,6 +160,9 @@ struct CoreStats {
 class StoreCore {
 public:
     static constexpr std::int64_t kNever = INT64_MAX;
+    // What one owner may have leased at a time: a lease counts as its blocks and kLeaseCost more.
+    static constexpr std::size_t kLeasedMax = std::size_t{1} << 25;
+    static constexpr std::size_t kLeaseCost = 32;
 
     // An arena that was adopted has no room until Recover().
     // REQUIRES: `policy` is one of EvictionPolicyNames().
@@ -184,6 +188,9 @@ public:
     OwnerId NewOwner(const SlotWriter &writer = {});
     // Ends all leases and reservations of a client that is gone.
     void ReleaseOwner(OwnerId owner);
+    // The same for a client that may be at work still: the slots that its writer may be writing to
+    // go into quarantine, here and in a process that adopts the arena.
+    void AbandonOwner(OwnerId owner);
 
     // --- taking over an arena (store_core_recover.cc)
     // True between the adoption of an arena and Recover.
@@ -243,19 +250,19 @@ public:
                            std::vector<Grant> *grants) const;
 
     // --- reading
-    // Pins the leading blocks that are ready in the cpu tier. Returns how many; the lease is 0 when
-    // none. `expires_ns` on the steady clock, or kNever. With `use` it counts as a use of the
+    // Pins the leading blocks that are ready in the cpu tier, as far as the owner may lease more.
+    // Returns how many; the lease is 0 when none. `expires_ns` on the steady clock, or kNever. With `use` it counts as a use of the
     // blocks; the store's own reads (write-behind, promotion) are none.
     std::size_t Acquire(OwnerId owner, NamespaceId ns, const BlockHash *hashes, std::size_t n,
                         std::int64_t expires_ns, bool use, LeaseId *lease, Grant *grants);
     // False when the lease is unknown or another owner's: it had expired, and what was read may be
     // another block's.
     bool Release(OwnerId owner, LeaseId lease);
-    // A second lease, without end, on blocks [first, first + n) of a lease, for whoever reads them
-    // for longer than a call. 0 when the lease has ended, is another owner's, or has no such
+    // A second lease, without end, on blocks [first, first + n) of a lease, for `reader`, who reads
+    // them for longer than a call. 0 when the lease has ended, is not `owner`'s, or has no such
     // blocks.
     LeaseId ShareLease(OwnerId owner, LeaseId lease, std::uint64_t first, std::uint64_t n,
-                       std::vector<Grant> *grants);
+                       OwnerId reader, std::vector<Grant> *grants);
     // The bytes of these blocks have their checksums. sequences[i] is that of the slot that was
     // read: another one by now is left alone.
     void MarkVerified(NamespaceId ns, const BlockHash *hashes, const std::uint64_t *sequences,
@@ -350,6 +357,7 @@ private:
 
     static constexpr EntryId kQuarantined = kNoEntry - 1;
     static constexpr SizeClass kNoClass = UINT32_MAX;
+    static constexpr std::uint32_t kLeasesMax = UINT32_MAX / 2;  // of a block, by Acquire
     static constexpr std::size_t kGhosts = 1 << 16;  // 13 B each
     static constexpr std::uint64_t kSequenceStep = std::uint64_t{1} << 32;
     struct Lease {
@@ -393,18 +401,22 @@ private:
     void RewriteLineage(EntryId id);
     void GiveSlot(EntryId id, SlotId slot, const SlotWriter &writer);
     void TakeSlot(EntryId id);
+    void ForgetSlot(EntryId id);
     void EvictFromCpu(EntryId id);
     void AdoptLineage(EntryId id, EntryId parent, std::uint32_t depth);
     ReserveStatus ReserveOne(const Chain &chain, std::size_t i, NamespaceId ns, bool only_from_ssd,
                              const SlotWriter &writer, EntryId *parent, EntryId *reserved);
     void MakeReady(EntryId id);
     void FinishWrite(EntryId id, std::uint64_t checksum, bool ok);
+    std::vector<std::uint64_t> EndLeasesOf(OwnerId owner);
+    void QuarantineSlot(EntryId id, const SlotWriter &writer);
     void Drop(EntryId id);
     void DropSsdCopies(EntryId id);
     void ForgetSsd(EntryId id);
     void Unlease(EntryId id);
     void MaybeDue(EntryId id);
     void FreeDetached(EntryId id);
+    LeaseId AddLease(OwnerId owner, std::int64_t expires_ns, std::vector<EntryId> blocks);
     void EndLease(const Lease &lease);
     std::size_t EndOverdueLeases();
     void Emit(EventKind kind, TierKind tier, const Entry &entry);
@@ -440,7 +452,9 @@ private:
     std::vector<ClassState> classes_;
     std::unordered_map<LeaseId, Lease> leases_;
     std::unordered_map<std::uint64_t, Reservation> reservations_;
-    std::int64_t next_expiry_ns_ = kNever;
+    std::unordered_map<OwnerId, std::size_t> leased_;  // what kLeasedMax bounds
+    // When leases end, a heap with the earliest on top; of those that were released too.
+    std::vector<std::pair<std::int64_t, LeaseId>> expiries_;
     std::unordered_map<OwnerId, SlotWriter> writers_;   // of owners that are not this process
     std::map<std::uint64_t, QuarantineOf> quarantine_;  // by writer id
     std::uint32_t next_stored_id_ = 0;

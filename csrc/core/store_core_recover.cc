@@ -345,6 +345,26 @@ std::vector<Quarantined> StoreCore::Quarantine() const {
     return held;
 }
 
+// Gives a block up whose slot is being written. Its header stays as it is: that of a slot being
+// written by `writer`.
+void StoreCore::QuarantineSlot(EntryId id, const SlotWriter &writer) {
+    Entry &entry = index_[id];
+    KV_CHECK(entry.cpu == CpuState::kWriting);
+    const SizeClass size_class = ClassOf(entry);
+    const SlotId slot = entry.slot;
+    QuarantineOf &of_writer = quarantine_[writer.id];
+    of_writer.writer = writer;
+    of_writer.slots.push_back({slot / arena_->slots_per_chunk(size_class), size_class, slot});
+    classes_[size_class].owner_of[slot] = kQuarantined;
+    TenantOf(entry).stats.cpu_used_bytes -= arena_->slot_bytes(size_class);
+    ForgetSlot(id);
+    if (entry.detached) {
+        FreeDetached(id);
+    } else if (!entry.on_ssd()) {
+        Drop(id);
+    }
+}
+
 std::size_t StoreCore::ReleaseQuarantine(std::uint64_t writer_id) {
     WriteLock lock(mutex_);
     const auto it = quarantine_.find(writer_id);

@@ -162,6 +162,11 @@ void StoreCore::TakeSlot(EntryId id) {
         --of_tenant.cpu_blocks;
         stats_.unverified -= entry.unverified;
     }
+    ForgetSlot(id);
+}
+
+void StoreCore::ForgetSlot(EntryId id) {
+    Entry &entry = index_[id];
     entry.unverified = false;
     entry.slot = kNoSlot;
     entry.cpu = CpuState::kNone;

@@ -88,18 +88,23 @@ void ClientConnection::Close() {
     closing_.store(true);
     // The descriptor's number must not go to another file while a call uses it.
     if (busy_.exchange(true)) {
+        const std::lock_guard lock(fd_mutex_);
         const int fd = fd_.load();
         if (fd >= 0) shutdown(fd, SHUT_RDWR);
         return;
     }
-    const int fd = fd_.exchange(-1);
-    if (fd >= 0) close(fd);
+    CloseFd();
     busy_.store(false);
 }
 
-void ClientConnection::Fail(Kind kind, const std::string &what) {
+void ClientConnection::CloseFd() {
+    const std::lock_guard lock(fd_mutex_);
     const int fd = fd_.exchange(-1);
     if (fd >= 0) close(fd);
+}
+
+void ClientConnection::Fail(Kind kind, const std::string &what) {
+    CloseFd();
     throw ClientFailure(kind, address_ + ": " + what);
 }
 
@@ -159,7 +164,7 @@ void ClientConnection::Connect(const std::string &address, double timeout_second
     for (const addrinfo *each = found; each != nullptr; each = each->ai_next) {
         if (attempt(each->ai_family, each->ai_addr, each->ai_addrlen)) return;
         if (each->ai_next == nullptr || SteadyNowNs() >= deadline_ns_) fail();
-        close(fd_.exchange(-1));
+        CloseFd();
     }
 }
 

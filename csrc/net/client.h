@@ -12,6 +12,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -90,6 +91,11 @@ private:
 
     const std::string address_;
     const InterruptedHook interrupted_;
+    void CloseFd();
+
+    // Closed, and shut down from other threads, under fd_mutex_: else its number might be another
+    // file's by then.
+    std::mutex fd_mutex_;
     std::atomic<int> fd_{-1};
     std::atomic<bool> busy_{false};
     std::atomic<bool> closing_{false};

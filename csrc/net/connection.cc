@@ -39,23 +39,23 @@ Connection::Connection(Services &services, Channel &channel, const Peer &peer)
     services_.roster.Add(peer_);
 }
 
-Connection::~Connection() { Close(); }
+Connection::~Connection() { Cut(); }
 
-void Connection::Close() {
+void Connection::End(bool is_cut) {
     if (state_ == State::kClosed) return;
     state_ = State::kClosed;
     Unpark();
     DropIncoming();
-    if (outgoing_.pin != 0) core_.Release(owner(), std::exchange(outgoing_.pin, 0));
+    if (outgoing_.pin != 0) core_.Release(services_.reader, std::exchange(outgoing_.pin, 0));
     if (outgoing_.fd >= 0) close(std::exchange(outgoing_.fd, -1));
     const std::shared_ptr<Client> ended = services_.roster.Remove(peer_.connection);
-    if (ended != nullptr) services_.EndClient(*ended);
+    if (ended != nullptr) services_.EndClient(*ended, is_cut);
     client_.reset();
 }
 
 void Connection::HangUp() {
     hang_up_ = true;
-    if (state_ != State::kSending) Close();
+    if (state_ != State::kSending) Cut();
 }
 
 std::int64_t Connection::deadline_ns() const {
@@ -67,7 +67,7 @@ std::int64_t Connection::deadline_ns() const {
 
 void Connection::CloseOverdue() {
     AddTo(services_.counters.timed_out_connections, 1);
-    Close();
+    Cut();
 }
 
 // --- taking frames
@@ -134,8 +134,7 @@ void Connection::Advance() {
         if (buffered() < kHeaderBytes) return;
         if (!DecodeHeader(at(), &header_)) {
             AddTo(services_.counters.protocol_errors, 1);
-            Close();  // it does not speak our protocol: there is no telling what it would
-                      // understand
+            Cut();  // it does not speak our protocol: there is no telling what it would understand
             return;
         }
         has_header_ = true;
@@ -295,11 +294,11 @@ void Connection::SendSome() {
 }
 
 void Connection::ReplySent() {
-    if (outgoing_.pin != 0) core_.Release(owner(), std::exchange(outgoing_.pin, 0));
+    if (outgoing_.pin != 0) core_.Release(services_.reader, std::exchange(outgoing_.pin, 0));
     outgoing_.blocks.clear();
     if (outgoing_.bytes.capacity() > kKeptBytes) outgoing_.bytes.Free();
     if (hang_up_) {
-        Close();
+        Cut();
         return;
     }
     state_ = State::kReceiving;

@@ -69,7 +69,10 @@ public:
     // When this connection is to be closed unless something moves; kNever where nothing is due.
     std::int64_t deadline_ns() const;
     void CloseOverdue();
-    void Close();
+    // The peer has gone.
+    void Close() { End(false); }
+    // We hang up on it, whatever it does.
+    void Cut() { End(true); }
 
     State state() const { return state_; }
     const Peer &peer() const { return peer_; }
@@ -103,6 +106,7 @@ private:
     std::size_t buffered() const { return in_end_ - in_begin_; }
     const std::uint8_t *body() const { return in_.data() + in_begin_ + kHeaderBytes; }
     std::uint8_t *at() { return in_.data() + in_begin_; }
+    void End(bool is_cut);
     bool ReceiveSome(std::size_t want);
     void Advance();
     bool AdmitHeader();

@@ -87,7 +87,7 @@ void Server::IoThread::Run() {
         if (sweep_at >= next_sweep_ns_) Sweep(sweep_at);
         closed_.clear();
     }
-    for (auto &[number, held] : connections_) held->connection.Close();
+    for (auto &[number, held] : connections_) held->connection.Cut();
     server_.num_connections_.fetch_sub(connections_.size());
     connections_.clear();
     for (const auto &listener : listeners_) close(listener->fd);

@@ -237,7 +237,8 @@ void Connection::HandleRead() {
         return;
     }
     std::vector<Grant> grants;
-    outgoing_.pin = core_.ShareLease(owner(), request.lease, request.first, request.n, &grants);
+    outgoing_.pin = core_.ShareLease(owner(), request.lease, request.first, request.n,
+                                     services_.reader, &grants);
     if (outgoing_.pin == 0) {
         Refuse(Status::kStoreClosed, "read: the lease has ended, or does not have blocks " +
                                          std::to_string(request.first) + " to " +
@@ -323,10 +324,18 @@ void Connection::HandleCommit() {
         std::vector<std::uint64_t> &sums = Scratch<std::uint64_t>(request.m);
         if (request.m > 0) std::memcpy(sums.data(), request.checksums, 8 * request.m);
         // Claimed, so the size cannot change in between.
+        const bool known =
+            request.m > 0 && core_.ReservationSize(owner(), request.reservation) == request.m;
+        const bool may = client_->terms.may_map_writable;
         const bool whole =
-            request.m > 0 && core_.ReservationSize(owner(), request.reservation) == request.m &&
+            known && may &&
             core_.Commit(owner(), request.reservation, sums.data(), nullptr, request.m);
         client_->Unclaim(request.reservation);
+        if (known && !may) {
+            // What lies in the slots is what somebody else's blocks left there.
+            Refuse(Status::kConfig, "commit: this client may not write in place; it has to WRITE");
+            return;
+        }
         if (!whole) {
             Refuse(Status::kStoreClosed, "commit: there is no reservation of " +
                                              std::to_string(request.m) + " blocks of that number");

@@ -123,6 +123,7 @@ void Server::Stop() {
     std::lock_guard lock(mutex_);
     if (stopped_) return;
     stopped_ = true;
+    services_.stopping.store(true);
     stopping_.store(true, std::memory_order_release);
     services_.tasks.Stop();
     services_.StopWaiting();

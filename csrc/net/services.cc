@@ -4,8 +4,13 @@
 
 namespace kvstore {
 
-void Services::EndClient(const Client &client) {
-    core.ReleaseOwner(client.terms.owner);
+void Services::EndClient(const Client &client, bool was_cut) {
+    // While we stop, which connection of a client was the last is chance.
+    if (was_cut || stopping.load()) {
+        core.AbandonOwner(client.terms.owner);
+    } else {
+        core.ReleaseOwner(client.terms.owner);
+    }
     auto task = std::make_unique<Task>();
     task->kind = kGone;
     task->client = client.terms.client;

@@ -57,10 +57,12 @@ class Services {
 public:
     static constexpr std::size_t kOps = 64;
 
-    Services(StoreCore &given_core, std::size_t tasks_max) : core(given_core), tasks(tasks_max) {}
+    Services(StoreCore &given_core, std::size_t tasks_max)
+        : core(given_core), reader(given_core.NewOwner()), tasks(tasks_max) {}
 
-    // The client's last connection closed: frees what it held and tells Python.
-    void EndClient(const Client &client);
+    // The client's last connection closed: frees what it held and tells Python. Where it was not
+    // the client that closed it, that is no sign that it writes no more.
+    void EndClient(const Client &client, bool was_cut);
     void AddUse(NamespaceId ns, const BlockHash &first, std::uint64_t blocks) {
         std::lock_guard lock(sketch_mutex_);
         sketch_.Add(ns, first, blocks);
@@ -71,11 +73,15 @@ public:
     }
 
     StoreCore &core;
+    // Whose the leases are that READs send under: were they the client's, another connection of it
+    // could end one while bytes are still sent, and then they would be another's.
+    const OwnerId reader;
     Roster roster;
     TaskQueue tasks;
     NetCounters counters;
     LatencyHistogram latencies[kOps];
     std::atomic<bool> draining{false};
+    std::atomic<bool> stopping{false};
 
     // How many connections wait for a block or for room.
     void AddParked();

@@ -53,6 +53,24 @@ CONFIG, IN_USE, STORE_CLOSED, STORAGE = 2, 4, 5, 8
 NO_SPACE = 3
 
 
+def free_slots(core: _native.StoreCore) -> int:
+    """How many blocks could be put."""
+    owner = core.new_owner()
+    _, statuses, _ = core.reserve(owner, 0, chain(99, 1000), 0, None, False)
+    core.release_owner(owner)
+    return int((statuses == 0).sum())
+
+
+def receive_all(raw: socket.socket) -> bool:
+    """True once the peer has hung up, whatever it said before."""
+    try:
+        while raw.recv(1 << 16):
+            pass
+    except ConnectionResetError:
+        pass
+    return True
+
+
 @pytest.fixture
 def daemon(tmp_path: Path) -> Iterator[Daemon]:
     with serving(tmp_path, tcp=True) as daemon:
@@ -246,6 +264,90 @@ def test_write_keeps_its_slots_while_other_connections_end_the_reservation(daemo
     assert load(other, hashes) == 2
     raw.close()
     other.close()
+
+
+def test_commit_does_not_publish_what_others_left_in_the_slots(daemon: Daemon) -> None:
+    """Who may not write in place has written nothing that a COMMIT could publish."""
+    victim, thief = daemon.connect(), daemon.connect()
+    put(victim, chain(1, 64))
+    daemon.core.clear(daemon.namespace_id)
+    hashes = chain(2, 2)
+    reservation, _, _ = thief.reserve(0.0, hashes, 0, None, WAIT_S)
+    with pytest.raises(_native.RemoteError, match="may not write in place") as refused:
+        thief.commit(reservation, 0, np.zeros(2, np.uint64), hashes, 0, None, WAIT_S)
+    assert refused.value.status == CONFIG
+    assert thief.match(hashes, 0, None, WAIT_S) == 0
+    blocks = payload(hashes)
+    thief.write(
+        reservation, 0, checksums(blocks), hashes, 0, None, addresses(blocks), BLOCK_BYTES, WAIT_S
+    )
+    assert load(thief, hashes) == 2
+    victim.close()
+    thief.close()
+
+
+def test_a_read_under_way_keeps_its_blocks_whatever_the_client_releases(tmp_path: Path) -> None:
+    """Else it would go on with what others have put there since."""
+    with serving(tmp_path, slots=1024) as daemon:
+        raw = daemon.raw(greeted=True)
+        client = daemon.more_of(daemon.native.clients()[0]["client"])
+        hashes = chain(1, 1000)  # 4 MB: more than any socket here buffers
+        put(client, hashes)
+        lease, offsets, _, _, _ = client.acquire(-1.0, 0.0, 0, hashes, 0, None, WAIT_S)
+        raw.sendall(frame(READ, struct.pack("<QQQ", lease, 0, len(offsets))))
+        until(lambda: daemon.core.stats()["leases"] == 2)
+        guesses = np.arange(1, lease + 100, dtype=np.uint64)
+        assert client.release(guesses, WAIT_S).sum() == 1  # its own
+        reservation, _, statuses = client.reserve(0.0, chain(2, 3000), 0, None, WAIT_S)
+        assert 0 < (statuses == 0).sum() < 1000
+        client.abort(reservation, WAIT_S)
+        assert receive_frame(raw) == (READ, 0, payload(hashes).tobytes())
+        raw.close()
+        client.close()
+
+
+@pytest.mark.parametrize("ends_by", ["stop", "hang up", "bad frame"])
+def test_slots_of_a_writer_that_we_hang_up_on_are_kept_from_others(
+    tmp_path: Path, ends_by: str
+) -> None:
+    with serving(tmp_path) as daemon:
+        daemon.terms["may_map_writable"] = True
+        daemon.writer = (7, os.getpid(), 1)
+        raw = daemon.raw(greeted=True)
+        hashes = chain(1, 3)
+        raw.sendall(frame(RESERVE, struct.pack("<d", 0.0) + packed_chain(hashes)))
+        assert receive_frame(raw)[:2] == (RESERVE, 0)
+        if ends_by == "stop":
+            daemon.native.stop()
+        elif ends_by == "hang up":
+            daemon.native.hang_up(daemon.of_kind(HELLO)[0].connection)
+        else:
+            raw.sendall(frame(200))
+        assert receive_all(raw)
+        until(lambda: daemon.core.quarantine() == [(7, os.getpid(), 1, 3)])
+        assert daemon.core.stats()["reservations"] == 0
+        assert daemon.core.match(daemon.namespace_id, hashes, 0) == 0
+        num_slots = free_slots(daemon.core)
+        after = _native.StoreCore.adopt(daemon.core.arena_fd, "lru")
+        after.add_namespace(BLOCK_BYTES)
+        assert after.recover({0: 0})["quarantined"] == 3
+        del after
+        assert daemon.core.release_quarantine(7) == 3
+        assert free_slots(daemon.core) == num_slots + 3
+        assert daemon.core.tenant_stats(0)["cpu_used_bytes"] == 0
+        daemon.writer = ()
+
+
+def test_slots_of_a_writer_that_left_are_free(tmp_path: Path) -> None:
+    with serving(tmp_path) as daemon:
+        daemon.terms["may_map_writable"] = True
+        daemon.writer = (7, os.getpid(), 1)
+        client = daemon.connect()
+        client.reserve(0.0, chain(1, 3), 0, None, WAIT_S)
+        client.close()
+        until(lambda: daemon.core.stats()["reservations"] == 0)
+        assert daemon.core.quarantine() == []
+        assert daemon.core.tenant_stats(0)["cpu_used_bytes"] == 0
 
 
 def test_disconnect_in_the_middle_of_a_write_leaves_no_block(daemon: Daemon) -> None:
