@@ -96,9 +96,7 @@ class Session:
         self.tag = generation << _TAG_SHIFT
         self.writers = Writers()
         self.is_lost = False
-        self.has_written = (
-            False  # asked for slots of a mapped arena, granted or not
-        )
+        self.has_written = False  # asked for slots of a mapped arena, granted or not
         self._on_lost = on_lost
         self._lock = threading.Lock()  # guards _open and is_lost
         self._mapping = threading.Lock()  # so that the arena is mapped once
