@@ -106,6 +106,7 @@ def connect(
         verify_always=welcome.verify_always,
         threads=welcome.threads,
         lease_seconds=welcome.lease_seconds,
+        call_seconds=timeout,
     )
 
 

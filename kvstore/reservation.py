@@ -13,40 +13,53 @@ from kvstore.block import BlockHashes
 from kvstore.buffers import as_block_ids
 from kvstore.control import RESERVED, Ack, Control
 from kvstore.errors import ConfigError, StoreClosedError
+from kvstore.forks import PerProcess
 from kvstore.layout import BlockBuffers
 from kvstore.puts import check_ack, finish_put
 from kvstore.transfer import Transfer
+
+
+class _Count:
+    """`changed` guards both fields."""
+
+    __slots__ = ("changed", "closed", "num_inside")
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition(threading.Lock())
+        self.num_inside = 0
+        self.closed = False
 
 
 class Writers:
     """Counts calls that write into slots. A slot must not be given back, and so to another writer,
     while somebody still copies into it: the bytes would be published as the other's.
 
-    Thread-safe.
+    Thread-safe. A forked child counts its own.
     """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition(threading.Lock())
-        self._count = 0
-        self._closed = False
+        self._counts = PerProcess(_Count)
 
     def __enter__(self) -> None:
-        with self._changed:
-            if self._closed:
+        count = self._counts.here()
+        with count.changed:
+            if count.closed:
                 raise StoreClosedError("the store is closed")
-            self._count += 1
+            count.num_inside += 1
 
     def __exit__(self, *_: object) -> None:
-        with self._changed:
-            self._count -= 1
-            if self._closed:
-                self._changed.notify_all()
+        count = self._counts.here()
+        with count.changed:
+            count.num_inside -= 1
+            if count.closed:
+                count.changed.notify_all()
 
     def close(self) -> None:
         """Let nobody in any more, and wait until all are out."""
-        with self._changed:
-            self._closed = True
-            self._changed.wait_for(lambda: self._count == 0)
+        count = self._counts.here()
+        with count.changed:
+            count.closed = True
+            count.changed.wait_for(lambda: count.num_inside == 0)
 
 
 class Reservation:

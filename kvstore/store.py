@@ -85,13 +85,17 @@ class Store:
         threads: int,
         lease_seconds: float,
         timeout: float = 10.0,
+        call_seconds: float = float("inf"),
     ) -> None:
+        """`timeout`: to wait for lower tiers; `call_seconds`: that each call of `control` may take
+        besides."""
         self._control = control
         self._block_bytes = control.namespace.spec.block_bytes
         self._verify = verify_always
         self.threads = threads
         self._lease_seconds = lease_seconds
         self._timeout = timeout
+        self._call_seconds = call_seconds
         self._pool: ThreadPoolExecutor | None = None
         self._pool_pid = 0  # a forked child has the pool, but not its threads
         self._lock = threading.Lock()  # guards _pool, _pool_pid and _closing
@@ -212,12 +216,18 @@ class Store:
             loaded, is_all = self._fast_load(chain, buffers.plan, ids, self._verify, self.threads)
             if is_all:
                 return TransferResult(loaded, num_missed=len(chain) - loaded)
-        deadline = time.monotonic() + (self._timeout if timeout is None else timeout)
+        began = time.monotonic()
+        deadline = began + (self._timeout if timeout is None else timeout)
+        # A control that answers, but slowly, must not add up a deadline for each piece.
+        last_begin = max(deadline, began + self._call_seconds)
         piece = control.piece_blocks or max(len(chain), 1)
         loaded = 0
         for begin in range(0, len(chain), piece):
             part = chain[begin : begin + piece] if piece < len(chain) else chain
-            left = max(0.0, deadline - time.monotonic())
+            now = time.monotonic()
+            if begin and now >= last_begin:
+                break
+            left = max(0.0, deadline - now)
             with self.acquire(part, timeout=left) as lease:
                 if len(lease):
                     loaded += lease.load(buffers, ids[begin : begin + len(lease)])

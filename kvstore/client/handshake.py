@@ -115,8 +115,8 @@ def _greet(connection: Connection, target: Target, token: bytes, deadline: float
             raise IncompatibleError(f"{target.address} does not know our token's secret")
         proof = wire.encode(wire.Auth(auth.proof_of("client", target.secret, hello, reply.nonce)))
         reply = wire.decode_greeting(connection.call(wire.Op.AUTH, proof, _left(deadline)))
-    elif target.secret and not token and not target.address.startswith("unix:"):
-        # Whoever takes us without a proof may be anybody.
+    elif target.secret and not target.address.startswith("unix:"):
+        # Whoever takes us without a proof may be anybody, also in the place of one that proved it.
         raise IncompatibleError(f"{target.address} did not prove that it knows our token's secret")
     if not isinstance(reply, wire.Welcome):
         raise IncompatibleError(f"{target.address}: challenged twice")

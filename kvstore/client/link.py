@@ -24,6 +24,7 @@ from kvstore.client.handshake import Target
 from kvstore.client.mapping import ArenaMap
 from kvstore.client.session import Session
 from kvstore.errors import KVStoreError, PeerUnavailableError, StoreClosedError
+from kvstore.forks import PerProcess
 
 _SETTLE_SECONDS = 0.25  # the background thread sees this often whether the link was closed
 _UNSETTLED_MAX = 64  # sessions that no daemon has been told of; of older ones it learns by our end
@@ -50,30 +51,42 @@ process = _Process()
 os.register_at_fork(after_in_child=process.forked)
 
 
-class Outages:
-    """What a client counts itself. Thread-safe."""
+class _Counts:
+    """`lock` guards the others."""
+
+    __slots__ = ("deadline_exceeded", "lock", "reconnects", "unavailable_calls")
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._unavailable_calls = 0  # answered by a miss, a refusal or an error
-        self._deadline_exceeded = 0
-        self._reconnects = 0
+        self.lock = threading.Lock()
+        self.unavailable_calls = 0  # answered by a miss, a refusal or an error
+        self.deadline_exceeded = 0
+        self.reconnects = 0
+
+
+class Outages:
+    """What a client counts itself. Thread-safe. A forked child counts its own."""
+
+    def __init__(self) -> None:
+        self._counts = PerProcess(_Counts)
 
     def add_call(self, error: Exception) -> None:
-        with self._lock:
-            self._unavailable_calls += 1
-            self._deadline_exceeded += isinstance(error, TimeoutError)
+        counts = self._counts.here()
+        with counts.lock:
+            counts.unavailable_calls += 1
+            counts.deadline_exceeded += isinstance(error, TimeoutError)
 
     def add_reconnect(self) -> None:
-        with self._lock:
-            self._reconnects += 1
+        counts = self._counts.here()
+        with counts.lock:
+            counts.reconnects += 1
 
     def snapshot(self) -> dict[str, int]:
-        with self._lock:
+        counts = self._counts.here()
+        with counts.lock:
             return {
-                "kvstore_unavailable_calls_total": self._unavailable_calls,
-                "kvstore_deadline_exceeded_total": self._deadline_exceeded,
-                "kvstore_reconnects_total": self._reconnects,
+                "kvstore_unavailable_calls_total": counts.unavailable_calls,
+                "kvstore_deadline_exceeded_total": counts.deadline_exceeded,
+                "kvstore_reconnects_total": counts.reconnects,
             }
 
 
@@ -111,6 +124,8 @@ class Link:
         with self._lock:
             if not self._closing.is_set() and not session.is_lost:
                 self.session = self._last = session
+                # Before anybody can use the session, and find it lost: that opens it again.
+                self._breaker.succeeded()
                 return session
         session.close()
         raise PeerUnavailableError(f"{self._target.address}: lost at once")
@@ -211,8 +226,6 @@ class Link:
                 self._why = str(error)
                 self._breaker.failed()
             return
-        with self._lock:
-            self._breaker.succeeded()
         self._outages.add_reconnect()
 
     def _settle(self, ended: Session) -> None:

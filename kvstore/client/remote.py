@@ -43,9 +43,10 @@ class RemoteControl:
     """See `kvstore.control.Control`.
 
     Blocks are read and written in place where the daemon lets us map its arena, else through a
-    landing area of `landing_bytes`. Every call ends within `timeout` seconds and what it may wait
-    for by itself; a call that fails to end so finds the daemon away, and so do all calls until a
-    background thread has connected anew.
+    landing area of `landing_bytes`. Every request ends within `timeout` seconds and what it may
+    wait for by itself; one that fails to end so finds the daemon away, and so do all calls until a
+    background thread has connected anew. A call is one request, but to acquire through the landing
+    area is two, and to open a connection for it one more.
 
     Thread safety: all methods may be called from any thread, and from a forked child, which
     connects for itself.
@@ -62,14 +63,15 @@ class RemoteControl:
         self._landing_bytes = landing_bytes
         self._outages = Outages()
         self._link = Link(target, timeout, self._outages)
-        self._links = {self._link.pid: self._link}  # of this process and its forebears
         try:
             self._welcome = self._link.connect().welcome
         except BaseException:
             self._link.close()
             raise
-        self._pool = ThreadPoolExecutor(_POOL_THREADS, thread_name_prefix="kvstore-client")
+        self._pool = self._make_pool()
         self._copies = self._make_copies()
+        # What cannot be shared with a forked child, of this process and its forebears.
+        self._own = {self._link.pid: (self._link, self._pool, self._copies)}
 
     @property
     def welcome(self) -> wire.Welcome:
@@ -224,6 +226,8 @@ class RemoteControl:
             if not session.welcome.may_map_writable:
                 return self._copies.reserve(session, hashes, wait)
             arena = session.writable_arena()
+            # Before it is asked: where the answer never comes, the slots may have been granted.
+            session.has_written = True
             reservation, offsets, statuses = session.reserve(hashes, wait)
         except KVStoreError as error:
             self._missed(error)
@@ -232,7 +236,6 @@ class RemoteControl:
             offsets = np.zeros(len(hashes), np.uint64)
             return Reserved(0, statuses, offsets, nothing.arena, nothing.address)
         if reservation:
-            session.has_written = True
             reservation |= session.tag
         address = session.arena.writable_address
         return Reserved(reservation, statuses, offsets, arena, address, session.writers)
@@ -316,6 +319,8 @@ class RemoteControl:
 
     def close(self, timeout: float = 60.0) -> None:
         """End the session; waits at most `timeout` seconds for calls in the background."""
+        if self._link.pid != process.pid:
+            self._after_fork(connect=False)
         ending = threading.Thread(target=self._pool.shutdown, daemon=True)
         ending.start()
         ending.join(timeout)
@@ -337,16 +342,18 @@ class RemoteControl:
             return link.current()
         return session
 
-    def _after_fork(self) -> Link:
+    def _after_fork(self, *, connect: bool = True) -> Link:
         """In a child: connect for ourselves. What the parent's sessions were granted stays its."""
         link = Link(self._target, self._timeout, self._outages)
-        first = self._links.setdefault(link.pid, link)  # one thread's, where several come at once
-        if first is link:
-            self._pool = ThreadPoolExecutor(_POOL_THREADS, thread_name_prefix="kvstore-client")
-            self._copies = self._make_copies()
-            self._link = link
+        own = (link, self._make_pool(), self._make_copies())
+        first = self._own.setdefault(link.pid, own)  # one thread's, where several come at once
+        self._link, self._pool, self._copies = first
+        if first is own and connect:
             link.connect_or_retry()
-        return first
+        return self._link
+
+    def _make_pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(_POOL_THREADS, thread_name_prefix="kvstore-client")
 
     def _make_copies(self) -> Copies:
         size = self.namespace.spec.block_bytes
@@ -361,6 +368,8 @@ class RemoteControl:
         return wire.decode_value(body)
 
     def _submit(self, work: Callable[[], _Value]) -> Future[_Value]:
+        if self._link.pid != process.pid:  # a child has the pool, but not its threads
+            self._after_fork()
         try:
             return self._pool.submit(work)
         except RuntimeError:  # it was shut down

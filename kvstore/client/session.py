@@ -43,15 +43,19 @@ _TAG_SHIFT = 64  # above the daemon's own numbers
 class Writers:
     """Counts those who write into slots of one session; see `kvstore.control.SlotWriters`.
 
-    Thread-safe.
+    Thread-safe. A forked child maps the arena too, but its parent's slots are not its to write: the
+    parent would not know when they may be given to others.
     """
 
     def __init__(self) -> None:
+        self._pid = os.getpid()
         self._changed = threading.Condition(threading.Lock())
         self._count = 0
         self._closed = False
 
     def begin(self) -> bool:
+        if os.getpid() != self._pid:
+            return False
         with self._changed:
             if self._closed:
                 return False
@@ -97,7 +101,7 @@ class Session:
         self.tag = generation << _TAG_SHIFT
         self.writers = Writers()
         self.is_lost = False
-        self.has_written = False  # was granted slots of a mapped arena
+        self.has_written = False  # asked for slots of a mapped arena, granted or not
         self._on_lost = on_lost
         self._lock = threading.Lock()  # guards _open and is_lost
         self._mapping = threading.Lock()  # so that the arena is mapped once

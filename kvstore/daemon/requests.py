@@ -22,7 +22,7 @@ from kvstore.control import ACK_LEVELS, Ack
 from kvstore.daemon.tenants import Identity
 from kvstore.daemon.waiting import Waiting
 from kvstore.errors import ConfigError, IncompatibleError, KVStoreError, PeerUnavailableError
-from kvstore.tiers.local import LocalControl, Tiers
+from kvstore.tiers.local import PROMISE_SECONDS, LocalControl, Tiers
 from kvstore.transfer import TransferResult
 
 log = logging.getLogger(__name__)
@@ -203,7 +203,10 @@ class Requests:
         ack: Ack = ACK_LEVELS[request.ack]
         deadline = time.monotonic() - task.age_seconds + LEVEL_SECONDS_MAX
         # The native server has published what was reserved: here it is about the level only.
-        future = control.commit(0, request.checksums, request.hashes, ack)
+        # Who has been in line does not wait as long again, so a full queue holds up nobody in line
+        # for longer than one promise may take.
+        seconds = max(0.0, PROMISE_SECONDS - task.age_seconds)
+        future = control.commit(0, request.checksums, request.hashes, ack, seconds)
         if future is None or (future.done() and not future.exception() and not _level(future)):
             self._tiers.stored(control.namespace_id, request.hashes.array)
             return wire.pack_u64(0)
@@ -233,6 +236,9 @@ class Requests:
         control = _control_of(client)
         if isinstance(request, wire.Prefetch):
             return self._prefetch(task, control, request)
+        if isinstance(request, wire.Flush):
+            self._flush(task, control, request)
+            return None
         return wire.encode(self._ask(control, request))
 
     def _ask(self, control: LocalControl, request: wire.Call) -> Any:
@@ -245,8 +251,6 @@ class Requests:
                 return self._check(control, block_hash)
             case wire.Clear():
                 return control.clear()
-            case wire.Flush(timeout=timeout):
-                return control.flush(bounded(timeout))
             case wire.Events():
                 return control.packed_events()
         raise IncompatibleError(f"no such call: {type(request).__name__}")
@@ -280,6 +284,17 @@ class Requests:
 
         self._waiting.add(future, deadline, finish)
         return None
+
+    def _flush(self, task: Task, control: LocalControl, request: wire.Flush) -> None:
+        deadline = time.monotonic() - task.age_seconds + bounded(request.timeout)
+        future = control.flush_later()
+
+        def finish(is_done: bool) -> None:
+            if not is_done:
+                future.cancel()
+            self.guarded(task, lambda: wire.encode(is_done and future.result(0)))
+
+        self._waiting.add(future, deadline, finish)
 
     def _check(self, control: LocalControl, block_hash: bytes) -> bool:
         """Look ourselves: a client that is wrong, or lies, must not cost others their blocks."""

@@ -2,9 +2,10 @@
 
 The native server (csrc/net) answers what is asked often, on threads of its own and without the GIL.
 It hands over as *tasks* what needs Python: greetings, what waits for the ssd, and calls. One thread
-here takes tasks. It never waits: what may, goes to a lane (a thread with a bounded queue; greetings
-and looks have others than writes, so that a slow disk does not keep clients out), and what waits
-for a future goes to `Waiting`.
+here takes tasks. It never waits: what may, goes to a lane (a thread with a bounded queue), and what
+waits for a future goes to `Waiting`. On the lanes of greetings and of calls nothing waits for a
+disk, so that a slow one keeps no client out; commits that wait for room in a queue have lanes of
+their own, and so has the check of everything.
 
 A client is admitted once and may then join with more connections. When its last one closes, however
 it died, the native server frees what it held and says so.
@@ -18,6 +19,7 @@ import os
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
@@ -49,7 +51,6 @@ _LOOK_LANES = 2
 _WAIT_LANES = 3
 _CLOSE_SECONDS = 5.0
 _DECLARED = frozenset(key for metric in METRICS for key in metric.stats_keys())
-_WAITING_CALLS = (wire.Flush, wire.Clear, wire.Remove, wire.AdminVerify)
 _NO_CLIENT = Client(0, b"", Identity("", is_own_user=False, may_administer=False), None, 0, -1)
 
 
@@ -87,6 +88,7 @@ class Server:
         self._requests = Requests(tiers, self._waiting, self._reply, self.stats, administered)
         self._look_lanes = _lanes("kvstore-look", _LOOK_LANES)
         self._wait_lanes = _lanes("kvstore-wait", _WAIT_LANES)
+        self._check_lane = BackgroundThread("kvstore-check", _LANE_TASKS_MAX)
         self._thread = threading.Thread(target=self._run, name="kvstore-tasks", daemon=True)
         tiers.outside.append(self._counted)
         self._thread.start()
@@ -139,9 +141,10 @@ class Server:
         with contextlib.suppress(ValueError):
             self._tiers.outside.remove(self._counted)
         self._native.stop()
+        deadline = time.monotonic() + _CLOSE_SECONDS
         self._thread.join(_CLOSE_SECONDS)
-        for lane in (*self._look_lanes, *self._wait_lanes):
-            lane.shutdown(_CLOSE_SECONDS)
+        for lane in (*self._look_lanes, *self._wait_lanes, self._check_lane):
+            lane.shutdown(deadline - time.monotonic())
         with self._lock:
             clients = list(self._clients.values())
             self._clients.clear()
@@ -200,22 +203,17 @@ class Server:
                 lane = self._lane_of_call(task)
                 self._hand_over(lane, task, lambda: requests.call(task, client))
             elif kind in (wire.Op.COMMIT, wire.Op.WRITE):
-                lane = self._wait_lane(task.client)
+                lane = self._wait_lanes[task.client % _WAIT_LANES]
                 self._hand_over(lane, task, lambda: requests.commit(task, client))
             else:
                 requests.guarded(task, lambda: _no_such(kind))
 
     def _lane_of_call(self, task: Any) -> BackgroundThread:
         try:
-            waits = isinstance(wire.decode_call(task.body), _WAITING_CALLS)
+            is_check = isinstance(wire.decode_call(task.body), wire.AdminVerify)
         except IncompatibleError:
-            waits = False  # refused there
-        if waits:
-            return self._wait_lane(task.client)
-        return self._look_lanes[-1]
-
-    def _wait_lane(self, client: int) -> BackgroundThread:
-        return self._wait_lanes[client % len(self._wait_lanes)]
+            is_check = False  # refused there
+        return self._check_lane if is_check else self._look_lanes[-1]
 
     def _hand_over(
         self, lane: BackgroundThread, task: Any, step: Callable[[], bytes | None]

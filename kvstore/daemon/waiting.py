@@ -15,6 +15,7 @@ from concurrent.futures import Future
 from typing import Any
 
 IDLE_SECONDS = 0.5  # how often somebody looks when nothing is due
+_ANSWERED_MAX = 64  # entries kept of requests that were answered, besides one for each that waits
 
 
 class Waiting:
@@ -35,6 +36,10 @@ class Waiting:
         with self._lock:
             self._open[number] = finish
             heapq.heappush(self._heap, (deadline, number))
+            if len(self._heap) > 2 * len(self._open) + _ANSWERED_MAX:
+                # Answered long before a far deadline, which need not be waited for to forget them.
+                self._heap = [entry for entry in self._heap if entry[1] in self._open]
+                heapq.heapify(self._heap)
         future.add_done_callback(lambda _: self._finish(number, True))
 
     def __len__(self) -> int:

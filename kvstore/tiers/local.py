@@ -16,7 +16,7 @@ from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +46,9 @@ _WHY_MISSED = ("absent", "pending", "evicted", "")
 PROMISE_SECONDS = 10.0  # how long a put at a level above memory waits for room in the queue
 EVENT_CAPACITY = 1 << 16  # of a namespace, 96 B each; a reader further behind sees a gap
 _WAIT_SLICE_SECONDS = 0.25
+_MEMORY: Ack = "memory"
+
+_Value = TypeVar("_Value")
 
 
 def memory_bytes() -> int:
@@ -492,14 +495,19 @@ class LocalControl:
         return Reserved(reservation, statuses, offsets, self._tiers.arena, self._arena_address)
 
     def commit(
-        self, reservation: int, checksums: Offsets, hashes: BlockHashes, ack: Ack
+        self,
+        reservation: int,
+        checksums: Offsets,
+        hashes: BlockHashes,
+        ack: Ack,
+        promise_seconds: float = PROMISE_SECONDS,
     ) -> Future[Ack] | None:
         if reservation:
             if not self._core.commit(self._owner, reservation, checksums, None):
                 raise StoreClosedError("the reservation is gone: its owner was released")
             self._tiers.counters.add("stored_bytes", len(checksums) * self._block_bytes)
         if self._tiers.ssd is None:
-            return None if ack == "memory" else _reached("memory")
+            return None if ack == "memory" else _done(_MEMORY)
         if ack == "memory":
             if reservation:
                 self._tiers.stored(self._id, hashes.array)
@@ -512,7 +520,7 @@ class LocalControl:
             self._core.release(self._owner, granted.lease)
             if reservation:
                 self._tiers.stored(self._id, hashes.array)
-            return _reached("memory")
+            return _done(_MEMORY)
         job = Job(
             self._id,
             hashes.array[:held],
@@ -523,9 +531,9 @@ class LocalControl:
             future=future,
             origin=Origin.PROMISED,
         )
-        if not self._tiers.ssd.write_later(job, PROMISE_SECONDS):
+        if not self._tiers.ssd.write_later(job, promise_seconds):
             self._core.release(self._owner, granted.lease)
-            return _reached("memory")
+            return _done(_MEMORY)
         return future
 
     def abort(self, reservation: int) -> None:
@@ -550,6 +558,10 @@ class LocalControl:
 
     def flush(self, timeout: float) -> bool:
         return self._tiers.ssd is None or self._tiers.ssd.flush(timeout)
+
+    def flush_later(self) -> Future[bool]:
+        """Return what becomes True once earlier puts are on ssd, or False where they never will."""
+        return _done(True) if self._tiers.ssd is None else self._tiers.ssd.flush_later()
 
     def packed_events(self) -> bytes:
         with self._events_lock:
@@ -597,7 +609,7 @@ def _rows(hashes: HashRows | bytes) -> HashRows:
     return hash_rows(hashes) if isinstance(hashes, bytes) else hashes
 
 
-def _reached(level: Ack) -> Future[Ack]:
-    future: Future[Ack] = Future()
-    future.set_result(level)
+def _done(value: _Value) -> Future[_Value]:
+    future: Future[_Value] = Future()
+    future.set_result(value)
     return future

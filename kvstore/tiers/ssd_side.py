@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 
 import numpy as np
 import numpy.typing as npt
@@ -69,6 +70,8 @@ class SsdSide:
         self._codecs: dict[tuple[int, int], Codec] = {}  # (core's number, codec id)
         self._to_tier: dict[int, int] = {}
         self._to_core: dict[int, int] = {}
+        # (key, description) of namespaces that the directory does not know yet, by our number
+        self._unregistered: dict[int, tuple[bytes, bytes]] = {}
         self._quota_room: dict[int, Callable[[], int]] = {}  # bytes left, by the core's number
         self.admission = make_admission(
             config.ssd_admission,
@@ -102,18 +105,39 @@ class SsdSide:
         tenant: str = "",
         quota_room: Callable[[], int] | None = None,
     ) -> None:
-        """Keep blocks of the core's namespace `number` under the tenant's name.
+        """Keep blocks of the core's namespace `number` under the tenant's name. Without I/O: what
+        the directory does not know is written there before its first block.
 
         `quota_room` returns how many bytes more the tenant may have on ssd.
         """
-        description = json.dumps(describe_stored(tenant, namespace), sort_keys=True).encode()
-        tier_number = self._tier.register_namespace(stored_key(tenant, namespace), description)
         self._specs[number] = namespace
-        self._to_tier[number] = tier_number
-        self._to_core[tier_number] = number
+        self._codec(number, self._codec_name)
         if quota_room is not None:
             self._quota_room[number] = quota_room
-        self._codec(number, self._codec_name)
+        key = stored_key(tenant, namespace)
+        for tier_number, (known, _) in self._tier.namespaces().items():
+            if known == key:
+                self._name(number, tier_number)
+                return
+        description = json.dumps(describe_stored(tenant, namespace), sort_keys=True).encode()
+        self._unregistered[number] = (key, description)
+
+    def _name(self, number: int, tier_number: int) -> None:
+        self._to_tier[number] = tier_number
+        self._to_core = {**self._to_core, tier_number: number}
+
+    def _register(self, number: int) -> bool:
+        """Have the directory know a namespace; False where it cannot be written to."""
+        if number in self._to_tier:
+            return True
+        try:
+            self._name(number, self._tier.register_namespace(*self._unregistered[number]))
+        except (StorageError, OutOfSpaceError) as error:
+            self._counters.add("background_errors")
+            log.warning("%s", error)
+            return False
+        del self._unregistered[number]
+        return True
 
     @traced("restore", lambda blocks, _: {"blocks": blocks})
     def restore(self) -> int:
@@ -174,6 +198,9 @@ class SsdSide:
     def flush(self, timeout: float) -> bool:
         return self._writer.flush(timeout)
 
+    def flush_later(self) -> Future[bool]:
+        return self._writer.flush_later()
+
     @traced("write_batch", lambda _, __, jobs: {"blocks": sum(len(job.hashes) for job in jobs)})
     def _write(self, jobs: list[Job]) -> None:
         durable = any(job.ack == "durable" for job in jobs)
@@ -181,6 +208,8 @@ class SsdSide:
             named = [job for job in jobs if len(job.hashes)]
             for number in sorted({job.namespace_id for job in named}):
                 mine = [job for job in named if job.namespace_id == number]
+                if not self._register(number):
+                    continue
                 hashes = self._admitted(number, mine)
                 block_bytes = self._core.block_bytes(number)
                 written = self._write_blocks(number, hashes, durable)
@@ -446,7 +475,9 @@ class SsdSide:
     # --- watching and ending
 
     def gauges(self) -> dict[str, float]:
-        reports = [codec.error_report() for codec in self._codecs.values() if codec.id != NO_CODEC]
+        reports = [
+            codec.error_report() for codec in list(self._codecs.values()) if codec.id != NO_CODEC
+        ]
         raw, encoded = (sum(getattr(r, n) for r in reports) for n in ("raw_bytes", "encoded_bytes"))
         return {
             "kvstore_codec_ratio": raw / encoded if encoded else 1.0,

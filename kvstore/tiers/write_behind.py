@@ -85,6 +85,7 @@ class WriteBehind:
         self._backlog: deque[Job] = deque()  # best effort, their hashes copied
         self._backlog_blocks = 0
         self._batch: list[Job] = []  # under way
+        self._flushes: list[Future[bool]] = []
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="kvstore-write-behind", daemon=True)
         self._thread.start()
@@ -150,6 +151,29 @@ class WriteBehind:
         with self._condition:
             return self._condition.wait_for(self._is_idle, timeout)
 
+    def flush_later(self) -> Future[bool]:
+        """Return what becomes True once everything queued so far is written; False when we are
+        closed before."""
+        done: Future[bool] = Future()
+        with self._condition:
+            is_idle = self._is_idle()
+            if not is_idle and not self._closing:
+                self._flushes = [each for each in self._flushes if not each.cancelled()]
+                self._flushes.append(done)
+                return done
+        done.set_result(is_idle)
+        return done
+
+    def _end_flushes(self) -> None:
+        with self._condition:
+            is_idle = self._is_idle()
+            if not is_idle and not self._closing:
+                return
+            ended, self._flushes = self._flushes, []
+        for done in ended:
+            if done.set_running_or_notify_cancel():
+                done.set_result(is_idle)
+
     def _is_idle(self) -> bool:
         return not self._jobs and not self._batch and not self._backlog
 
@@ -168,6 +192,7 @@ class WriteBehind:
             self._condition.notify_all()
         for job in left:
             job.fail(StoreClosedError("the store was closed before the write"))
+        self._end_flushes()
         self._thread.join(max(0.0, deadline - time.monotonic()) if left else None)
         return done and not self._thread.is_alive()
 
@@ -214,3 +239,4 @@ class WriteBehind:
                 self._queued_bytes = max(0, self._queued_bytes)
                 self._batch = []
                 self._condition.notify_all()
+            self._end_flushes()
