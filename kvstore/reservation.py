@@ -40,6 +40,10 @@ class Writers:
     def __init__(self) -> None:
         self._counts = PerProcess(_Count)
 
+    @property
+    def closed(self) -> bool:
+        return self._counts.here().closed
+
     def __enter__(self) -> None:
         count = self._counts.here()
         with count.changed:
