@@ -29,6 +29,7 @@ def blocks_of(address: str) -> int:
         return int(store.stats()["kvstore_cpu_blocks"])
 
 
+@pytest.mark.slow
 def test_a_quick_run_gives_every_figure() -> None:
     figures = {figure.name: figure for figure in command.run_daemon(quick=True)}
     assert figures.keys() == set(daemon.NAMES) - daemon.FULL_ONLY
@@ -38,6 +39,7 @@ def test_a_quick_run_gives_every_figure() -> None:
         assert figure.value > 0, figure
 
 
+@pytest.mark.slow
 def test_a_daemon_that_runs_is_measured_and_left_as_it_was(tmp_path: Path) -> None:
     with PrivateDaemon(tmp_path, cpu="72MiB") as running:
         running.start()
@@ -107,6 +109,7 @@ def test_what_peers_leave_behind_is_ended() -> None:
         os.kill(left, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_comparison_of_nobody_else_has_our_figures() -> None:
     done = subprocess.run(
         [

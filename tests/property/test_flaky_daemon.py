@@ -137,7 +137,7 @@ PLACES = st.one_of(st.integers(0, 200), st.integers(0, 400_000))
 
 
 @settings(
-    max_examples=25,
+    max_examples=12,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
