@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from importlib import import_module, metadata
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
 from typer.core import TyperGroup
+from typer.main import get_command
 
 from kvstore.errors import ConfigError, KVStoreError
 
@@ -31,12 +32,38 @@ BUILT_IN = {  # name -> "module:function"
 
 
 class _Commands(TyperGroup):
+    """Loads a command when it is asked for: the daemon's start does not wait for all the others."""
+
+    plugins: ClassVar[Iterable[metadata.EntryPoint] | None] = None
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*BUILT_IN, *sorted(self._found())]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name in BUILT_IN:
+            module, _, function = BUILT_IN[cmd_name].partition(":")
+            return _command(cmd_name, getattr(import_module(module), function))
+        plugin = self._found().get(cmd_name)
+        return None if plugin is None else _command(cmd_name, _loaded(plugin))
+
+    def _found(self) -> dict[str, metadata.EntryPoint]:
+        found = self.plugins
+        if found is None:
+            found = metadata.entry_points(group=ENTRY_POINTS)
+        return {plugin.name: plugin for plugin in found if plugin.name not in BUILT_IN}
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except KVStoreError as error:
             typer.echo(f"kvstore: {error}", err=True)
             raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
+
+
+def _command(name: str, function: Callable[..., Any]) -> Any:
+    alone = typer.Typer(add_completion=False)
+    alone.command(name)(function)
+    return get_command(alone)
 
 
 def _print_version(wanted: bool) -> None:
@@ -60,20 +87,15 @@ def _root(
 
 def build_app(plugins: Iterable[metadata.EntryPoint] | None = None) -> typer.Typer:
     """The application: built-in commands and those of `plugins` (default: all installed)."""
+    chosen = None if plugins is None else list(plugins)
     app = typer.Typer(
-        cls=_Commands,
+        cls=type("Commands", (_Commands,), {"plugins": chosen}),
         name="kvstore",
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
     )
     app.callback()(_root)
-    for name, target in BUILT_IN.items():
-        module, _, function = target.partition(":")
-        app.command(name)(getattr(import_module(module), function))
-    found = metadata.entry_points(group=ENTRY_POINTS) if plugins is None else plugins
-    for plugin in sorted(found, key=lambda plugin: plugin.name):
-        app.command(plugin.name)(_loaded(plugin))
     return app
 
 
