@@ -54,6 +54,10 @@ class Writers:
             if count.closed:
                 count.changed.notify_all()
 
+    @property
+    def is_closed(self) -> bool:
+        return self._counts.here().closed
+
     def close(self) -> None:
         """Let nobody in any more, and wait until all are out."""
         count = self._counts.here()
