@@ -8,13 +8,13 @@ for a wrong setting; a traceback is a bug.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable
 from importlib import import_module, metadata
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
 from typer.core import TyperCommand, TyperGroup
+from typer.main import get_command
 
 from kvstore.errors import ConfigError, KVStoreError
 
@@ -45,6 +45,26 @@ class _Command(TyperCommand):
 
 
 class _Commands(TyperGroup):
+    """Loads a command when it is asked for: the daemon's start does not wait for all the others."""
+
+    plugins: ClassVar[Iterable[metadata.EntryPoint] | None] = None
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*BUILT_IN, *sorted(self._found())]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name in BUILT_IN:
+            module, _, function = BUILT_IN[cmd_name].partition(":")
+            return _command(cmd_name, getattr(import_module(module), function))
+        plugin = self._found().get(cmd_name)
+        return None if plugin is None else _command(cmd_name, _loaded(plugin))
+
+    def _found(self) -> dict[str, metadata.EntryPoint]:
+        found = self.plugins
+        if found is None:
+            found = metadata.entry_points(group=ENTRY_POINTS)
+        return {plugin.name: plugin for plugin in found if plugin.name not in BUILT_IN}
+
     def get_params(self, ctx: Any) -> list[Any]:
         return _plain(super().get_params(ctx))
 
@@ -54,6 +74,12 @@ class _Commands(TyperGroup):
         except KVStoreError as error:
             typer.echo(f"kvstore: {error}", err=True)
             raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
+
+
+def _command(name: str, function: Callable[..., Any]) -> Any:
+    alone = typer.Typer(add_completion=False)
+    alone.command(name, cls=_Command)(function)
+    return get_command(alone)
 
 
 def _print_version(wanted: bool) -> None:
@@ -75,31 +101,17 @@ def _root(
     """A tiered KV-cache store for LLM inference."""
 
 
-def build_app(
-    plugins: Iterable[metadata.EntryPoint] | None = None, only: str | None = None
-) -> typer.Typer:
-    """The application: built-in commands and those of `plugins` (default: all installed).
-
-    `only` names a built-in command that is known to be wanted: nothing else is imported, which is
-    a quarter of the time until a daemon serves again.
-    """
+def build_app(plugins: Iterable[metadata.EntryPoint] | None = None) -> typer.Typer:
+    """The application: built-in commands and those of `plugins` (default: all installed)."""
+    chosen = None if plugins is None else list(plugins)
     app = typer.Typer(
-        cls=_Commands,
+        cls=type("Commands", (_Commands,), {"plugins": chosen}),
         name="kvstore",
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
     )
     app.callback()(_root)
-    wanted = BUILT_IN if only is None else {only: BUILT_IN[only]}
-    for name, target in wanted.items():
-        module, _, function = target.partition(":")
-        app.command(name, cls=_Command)(getattr(import_module(module), function))
-    if only is not None:
-        return app
-    found = metadata.entry_points(group=ENTRY_POINTS) if plugins is None else plugins
-    for plugin in sorted(found, key=lambda plugin: plugin.name):
-        app.command(plugin.name, cls=_Command)(_loaded(plugin))
     return app
 
 
@@ -118,5 +130,4 @@ def _loaded(plugin: metadata.EntryPoint) -> Callable[..., Any]:
 
 
 def main() -> None:
-    command = sys.argv[1] if len(sys.argv) > 1 else None
-    build_app(only=command if command in BUILT_IN else None)()
+    build_app()()

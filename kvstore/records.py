@@ -21,6 +21,7 @@ RECORD = np.dtype(
     ]
 )
 NOT_ON_SSD = 0xFFFFFFFF
+NO_CODEC = 0
 
 Records = npt.NDArray[np.void]
 

@@ -40,10 +40,6 @@ class Writers:
     def __init__(self) -> None:
         self._counts = PerProcess(_Count)
 
-    @property
-    def closed(self) -> bool:
-        return self._counts.here().closed
-
     def __enter__(self) -> None:
         count = self._counts.here()
         with count.changed:
@@ -57,6 +53,10 @@ class Writers:
             count.num_inside -= 1
             if count.closed:
                 count.changed.notify_all()
+
+    @property
+    def is_closed(self) -> bool:
+        return self._counts.here().closed
 
     def close(self) -> None:
         """Let nobody in any more, and wait until all are out."""

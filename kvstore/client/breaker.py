@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 PAUSE_SECONDS_FIRST = 0.05
-PAUSE_SECONDS_LONGEST = 1.0
+PAUSE_SECONDS_LONGEST = 0.25  # a daemon that is started again serves within a second
 
 
 class Breaker:

@@ -151,7 +151,15 @@ class Holding:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         connection.settimeout(_ANSWER_SECONDS)
         try:
-            connection.connect(str(self._path))
+            try:
+                connection.connect(str(self._path))
+            except (BlockingIOError, TimeoutError) as error:  # nobody takes those before us
+                raise InUseError(f"state: the holder at {self._path} does not answer") from error
+            except (FileNotFoundError, ConnectionError):
+                raise
+            except OSError as error:
+                said = f"state: {self._path}: {error.strerror}"
+                raise StorageError(error.errno or 0, said) from error
             if _peer(connection)[1] != os.geteuid():
                 raise InUseError(f"state: {self._path} belongs to another user's process")
         except BaseException:
@@ -191,14 +199,17 @@ class Holding:
         """Start a holder. REQUIRES: the state directory is locked by us, and no holder answers."""
         with contextlib.suppress(FileNotFoundError):
             self._path.unlink()
-        done = subprocess.run(
-            [sys.executable, "-I", "-S", holder.__file__, str(self._path)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            timeout=_START_SECONDS,
-            check=False,
-        )
+        try:
+            done = subprocess.run(
+                [sys.executable, "-I", "-S", holder.__file__, str(self._path)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                timeout=_START_SECONDS,
+                check=False,
+            )
+        except (OSError, subprocess.SubprocessError) as error:
+            raise StorageError(0, f"state: the holder does not start: {error}") from error
         if done.returncode:
             said = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
             raise StorageError(0, f"state: the holder does not start: {' '.join(said)}")

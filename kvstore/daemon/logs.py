@@ -7,12 +7,15 @@ that is a daemon.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 KEPT = 50
+HELD_MAX = 1000
 
 
 class RecentErrors(logging.Handler):
@@ -37,8 +40,37 @@ class RecentErrors(logging.Handler):
         return list(self._kept)
 
 
-def set_up(level: str, form: str) -> None:
-    """Send log lines of this process to stderr. Called once, by the command."""
+class _Held(logging.Handler):
+    """Keeps records, the oldest ones; thread-safe as a Handler is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if len(self.kept) < HELD_MAX:
+            self.kept.append(record)
+
+
+@contextlib.contextmanager
+def set_up_after(level: str, form: str) -> Iterator[None]:
+    """Send log lines of this process to stderr from the end of the block on, and then those of the
+    block too: what formats them takes longer to load than all else that a start needs. Used once,
+    by the command."""
+    root = logging.getLogger()
+    held = _Held()
+    root.handlers[:] = [held]
+    root.setLevel(level.upper())
+    try:
+        yield
+    finally:
+        handler = _stderr(form)
+        root.handlers[:] = [handler if each is held else each for each in root.handlers]
+        for record in held.kept:
+            handler.handle(record)
+
+
+def _stderr(form: str) -> logging.Handler:
     import structlog
 
     shared: list[Any] = [
@@ -67,6 +99,4 @@ def set_up(level: str, form: str) -> None:
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *last],
         )
     )
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(level.upper())
+    return handler

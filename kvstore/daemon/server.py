@@ -72,10 +72,10 @@ class Server:
         epoch: bytes = b"",
         administered: Administered | None = None,
     ) -> None:
-        """Take over listening sockets; they are closed, and those of a path removed, by `close`."""
+        """`listeners`: see `listen`."""
         self._tiers = tiers
-        self._listeners = list(listeners)
-        self.addresses = [address_of(listener) for listener in listeners]
+        self._listeners: list[socket.socket] = []
+        self.addresses: list[str] = []
         self._tenants = tenants or Tenants({}, {}, os.geteuid())
         self._may_write = client_writes == "in_place"
         self.epoch = epoch or secrets.token_bytes(16)
@@ -93,7 +93,14 @@ class Server:
         tiers.outside.append(self._counted)
         self._thread.start()
         for listener in listeners:
-            self._native.listen(listener.fileno(), listener.family == socket.AF_UNIX)
+            self.listen(listener)
+
+    def listen(self, listener: socket.socket) -> None:
+        """Take over a listening socket, and answer whoever connects or has connected there. It is
+        closed, and one of a path removed, by `close`."""
+        self._listeners.append(listener)
+        self.addresses.append(address_of(listener))
+        self._native.listen(listener.fileno(), listener.family == socket.AF_UNIX)
 
     @property
     def address(self) -> str:

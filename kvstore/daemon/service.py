@@ -1,7 +1,7 @@
 """kvstored: the tiers of a host, served until told to stop.
 
-    start:   lock the state directory -> take the arena back from the holder, or make one -> restore
-             ssd and arena -> hand the arena to the holder -> listen -> HTTP -> upkeep
+    start:   lock the state directory -> listen -> take the arena back from the holder, or make one
+             -> restore ssd and arena -> hand the arena to the holder -> answer -> upkeep -> HTTP
     stop:    refuse new writes, wait for those under way -> stop listening -> write out what is
              queued -> drop the arena, or leave it to the holder
 
@@ -12,12 +12,14 @@ kept.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
 import secrets
 import select
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -38,7 +40,13 @@ from kvstore.daemon.holding import Holding
 from kvstore.daemon.logs import RecentErrors
 from kvstore.daemon.notify import notify
 from kvstore.daemon.server import Server
-from kvstore.daemon.sockets import listen_tcp, listen_unix, private_directory
+from kvstore.daemon.sockets import (
+    address_of,
+    listen_tcp,
+    listen_unix,
+    private_directory,
+    unlink_socket,
+)
 from kvstore.daemon.tenants import tenants_of
 from kvstore.daemon.upkeep import Scrubber, Upkeep, sweep_quarantine
 from kvstore.errors import ConfigError, IncompatibleError, InUseError, StorageError
@@ -54,6 +62,8 @@ Ending = Literal["stop", "keep", "restart"]
 
 DRAIN_SECONDS = 5.0
 _DRAIN_SLICE_SECONDS = 0.1
+_WRITE_OUT_SECONDS = 60.0
+_KEPT_SECONDS = 5.0
 _ANSWER_SECONDS = 0.5  # for whoever asked us to end to take the answer and leave
 RESTART_HOLD_SECONDS = 60.0  # at least: how long the arena waits for the program to start again
 _BLOCK_BYTES = 64 << 10  # small for a block of a real model: bounds that follow from it are wide
@@ -76,24 +86,32 @@ class Service:
         *,
         adopt: Adoption = "auto",
         environment_token: bytes | None = None,
+        signals: bool = False,
     ) -> None:
+        """`signals`: heed those of `run` from now on: one that comes during the start ends it as
+        soon as it runs. Only on the main thread."""
         self.config = config
         self.epoch = secrets.token_bytes(16)
         self.state: State = "adopting"
         self._started = time.monotonic()
         self._adopted: dict[str, float] | None = None
         self._ending: Ending | None = None  # how this run ends, once that is known
+        self._num_stops = 0  # signals to stop that came
         self._asked_by = 0  # the client that wants it; it has yet to get its answer
         # What a signal handler may use: no lock, which its own thread might hold.
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._errors = RecentErrors()
         logging.getLogger().addHandler(self._errors)
+        self._signals = ExitStack()  # gives signals back to whose they were
         self._undo = ExitStack()  # what start did, taken back by stop in reverse
         self._undo.callback(os.close, self._wake)
         self._undo.callback(logging.getLogger().removeHandler, self._errors)
         try:
+            if signals:
+                self._take_signals()
             self._start(adopt, environment_token)
         except BaseException:
+            self._signals.close()
             self._undo.close()
             raise
 
@@ -109,21 +127,22 @@ class Service:
             private_directory(beside, "listen")
         private_directory(directory, "state")
         undo.callback(os.close, _lock(directory))
+        # Before the arena is there: who comes meanwhile is answered the moment we can, and does
+        # not have to find out by asking again.
+        mode = 0o666 if tenants.has_other_users else 0o600
+        listeners = [self._listening(listen_unix(config.socket_path, mode))]
+        if config.tcp:
+            listeners.append(self._listening(listen_tcp(*tcp_address(config.tcp))))
         self._holding = Holding(directory, config.hold_seconds)
         undo.callback(self._holding.close, 2.0)
         self._tiers = self._open_tiers(adopt)
-        undo.callback(self._tiers.close)
+        undo.callback(self._close_tiers)
         self._keep_arena()
         self._scrubber = Scrubber(self._tiers.core, self._tiers.counters)
-        unix = listen_unix(self.config.socket_path, 0o666 if tenants.has_other_users else 0o600)
-        listeners = [unix]
-        undo.callback(unix.close)
-        if config.tcp:
-            listeners.append(listen_tcp(*tcp_address(config.tcp)))
-            undo.callback(listeners[-1].close)
+        self._history = report.History(self._tiers.stats())
         self._server = Server(
             self._tiers,
-            listeners,
+            [],
             tenants=tenants,
             client_writes=config.client_writes,
             threads=config.io_threads,
@@ -131,10 +150,11 @@ class Service:
             administered=self,
         )
         undo.callback(self._server.close)
-        self._history = report.History(self._tiers.stats())
-        self.addresses = list(self._server.addresses)
-        if config.http:
-            self._start_http(environment_token)
+        # Whoever is answered may ask for our status, so all that it shows is there by now.
+        self.addresses = [address_of(listener) for listener in listeners]
+        self.state = "serving"
+        for listener in listeners:
+            self._server.listen(listener)
         each_second: list[Callable[[], object]] = [
             self._holding.check,
             self._tiers.core.expire_leases,
@@ -145,7 +165,21 @@ class Service:
             self._scrubber, config.scrub_bytes_per_second, each_second, self._tiers.counters
         )
         undo.callback(upkeep.close)
-        self.state = "serving"
+        if config.http:
+            self._start_http(environment_token)
+
+    def _listening(self, listener: socket.socket) -> socket.socket:
+        def close() -> None:
+            if listener.fileno() >= 0:  # the server did not come to own it
+                unlink_socket(address_of(listener))
+                listener.close()
+
+        self._undo.callback(close)
+        return listener
+
+    def _close_tiers(self) -> None:
+        # What is in an arena that is kept need not be on ssd: it is written when there is time.
+        self._tiers.close(_WRITE_OUT_SECONDS if self._ending == "stop" else _KEPT_SECONDS)
 
     def _start_http(self, environment_token: bytes | None) -> None:
         from kvstore.daemon.http import start_http
@@ -196,7 +230,6 @@ class Service:
             os.close(fd)
         self._adopted = {**(tiers.recovered or {}), "seconds": time.monotonic() - began}
         tracing.note("adopt", **self._adopted)
-        tracing.note("adopt", self._adopted["seconds"], blocks=self._adopted.get("adopted", 0))
         log.info("adopted an arena: %s", self._adopted)
         return tiers
 
@@ -235,32 +268,45 @@ class Service:
 
     def run(self) -> None:
         """Serve until a signal or an administrator ends it. Only on the main thread."""
-        signals = {
-            signal.SIGTERM: self._on_stop,
-            signal.SIGINT: self._on_stop,
-            signal.SIGHUP: lambda _number, _frame: self._decide("restart"),
-        }
-        before = {number: signal.signal(number, act) for number, act in signals.items()}
-        try:
+        with self._signals:
+            self._take_signals()
             notify(notify_socket(), "READY=1")
             while self._ending is None:
                 select.select([self._wake], [], [], _LOOK_SECONDS)
             if self._ending == "restart":
                 notify(notify_socket(), "RELOADING=1")
                 self.stop()
-                _start_again()
+                if self._ending == "restart":
+                    _start_again()
+                with contextlib.suppress(InUseError, StorageError):
+                    self._drop()  # told to stop after it had been kept
             notify(notify_socket(), "STOPPING=1")
             self.stop()
-        finally:
-            for number, act in before.items():
-                signal.signal(number, act)
+
+    def _take_signals(self) -> None:
+        taken = {
+            signal.SIGTERM: self._on_stop,
+            signal.SIGINT: self._on_stop,
+            signal.SIGHUP: lambda _number, _frame: self._decide("restart"),
+        }
+        for number, act in taken.items():
+            self._signals.callback(signal.signal, number, signal.signal(number, act))
 
     def _on_stop(self, _number: int, _frame: FrameType | None) -> None:
-        if self._ending is not None:
-            # What a connection of its own says cannot wait for a lock of this process.
-            Holding(Path(self.config.state), 0.0).drop()
-            os._exit(1)
+        self._num_stops += 1
+        if self._num_stops > 1:
+            try:
+                if self._ending != "keep":
+                    self._drop()
+            finally:
+                os._exit(1)
+        if self._ending == "restart":
+            self._ending = "stop"
         self._decide("stop")
+
+    def _drop(self) -> None:
+        # What a connection of its own says cannot wait for a lock of this process.
+        Holding(Path(self.config.state), 0.0).drop()
 
     def _decide(self, ending: Ending) -> None:
         if self._ending is None:
@@ -273,17 +319,27 @@ class Service:
             return
         self.state = "draining"
         self._ending = self._ending or "stop"
+        try:
+            self._finish()
+        finally:
+            self._undo.close()
+
+    def _finish(self) -> None:
+        """Wait for what is under way, and say what is to become of the arena."""
         deadline = time.monotonic() + _ANSWER_SECONDS
         while self._server.has_client(self._asked_by) and time.monotonic() < deadline:
             time.sleep(0.002)
         if not self._drain(DRAIN_SECONDS):
             log.warning("writes were still under way after %g s", DRAIN_SECONDS)
-        if self._ending == "stop":
-            self._holding.drop()
-        else:
-            least = RESTART_HOLD_SECONDS if self._ending == "restart" else 0.0
-            self._keep_arena(max(self.config.hold_seconds, least))
-        self._undo.close()
+        try:
+            if self._ending == "stop":
+                self._holding.drop()
+            else:
+                least = RESTART_HOLD_SECONDS if self._ending == "restart" else 0.0
+                self._keep_arena(max(self.config.hold_seconds, least))
+        except (InUseError, StorageError) as error:
+            # We end all the same, and start again where that was asked for, if need be empty.
+            log.error("the holder does not do as it is told: %s", error)
 
     def _drain(self, seconds: float) -> bool:
         """In slices: between them a second signal is heard."""
@@ -435,6 +491,8 @@ def _lock(directory: Path) -> int:
 def _start_again() -> None:
     """Become the program anew: the same command line, less what would drop the arena."""
     arguments = [word for word in sys.orig_argv[1:] if word != "--fresh"]
+    # Asked for once more before the new program can take note, it would end it.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(sys.executable, [sys.executable, *arguments])

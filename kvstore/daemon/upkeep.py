@@ -51,11 +51,8 @@ class Scrubber:
             self._cursor, checked, removed = self._core.scrub(self._cursor, max_bytes)
             self._note(checked, removed)
             self._round_bytes += checked
-            if self._cursor == 0 and checked > 0:
-                self.rounds += 1
-                seconds = time.monotonic() - self._round_began
-                tracing.note("scrub", seconds, bytes=self._round_bytes)
-                self._round_bytes, self._round_began = 0, time.monotonic()
+            if self._cursor == 0:
+                self._end_round()
             return checked
 
     def _end_round(self) -> None:

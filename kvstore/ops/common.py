@@ -13,15 +13,17 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from kvstore.admin import Admin
 from kvstore.auth import read_secret
 from kvstore.config import DaemonConfig, load_daemon_config
 from kvstore.errors import ConfigError, KVStoreError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 FINE, PROBLEM, WRONG = 0, 1, 2
 
@@ -86,6 +88,8 @@ def print_json(value: object, *, one_line: bool = False) -> None:
 
 def console() -> Console:
     """For tables. Not wrapped at 80 columns where nobody looks on."""
+    from rich.console import Console  # slow to load, and most commands print no table
+
     out = Console(highlight=False)
     return out if out.is_terminal else Console(highlight=False, width=120)
 

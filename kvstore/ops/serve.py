@@ -4,26 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
-import logging
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
-from kvstore.config import DaemonConfig, TenantConfig, load_daemon_config
-from kvstore.config_sources import Setting, help_of, token_from_environment
-from kvstore.errors import ConfigError
+from kvstore.config_sources import help_of
 from kvstore.ops.common import ConfigOption
-
-log = logging.getLogger(__name__)
+from kvstore.ops.serving import run, settings_of_daemon
 
 _METAVARS = {"int | str": "BYTES", "int": "N", "float": "SECONDS"}  # by a field's annotation
-
-
-def _settings() -> list[dataclasses.Field[Any]]:
-    return [field for field in dataclasses.fields(DaemonConfig) if field.name != "tenants"]
 
 
 def _help(field: dataclasses.Field[Any]) -> str:
@@ -39,7 +29,7 @@ def _with_setting_flags(command: Callable[..., None]) -> Callable[..., None]:
     signature = inspect.signature(command, eval_str=True)
     kept = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     flags = []
-    for field in _settings():
+    for field in settings_of_daemon():
         flag = "--" + field.name.replace("_", "-")
         is_switch = isinstance(field.default, bool)
         kind: Any = bool if is_switch else str
@@ -89,47 +79,4 @@ def serve(
 
     Example: kvstore serve --cpu 64GiB --ssd /var/cache/kvstore
     """
-    settings, found = load_daemon_config(config, **flags)
-    if print_config:
-        sys.stdout.write(config_text(settings, found))
-        return
-    if adopt and fresh:
-        raise ConfigError("adopt: contradicts --fresh")
-    from kvstore.daemon.logs import set_up
-    from kvstore.daemon.service import Service
-
-    set_up(settings.log_level, settings.log_format)
-    service = Service(
-        settings,
-        adopt="must" if adopt else "never" if fresh else "auto",
-        environment_token=token_from_environment(),
-    )
-    said = f"kvstored serves {', '.join(service.addresses)}"
-    log.info("%s", said)
-    sys.stdout.write(said + "\n")
-    sys.stdout.flush()
-    service.run()
-
-
-def config_text(config: DaemonConfig, found: Mapping[str, Setting]) -> str:
-    """Return a configuration as TOML, with where each value came from."""
-    lines = []
-    for field in _settings():
-        origin = found[field.name].origin if field.name in found else "default"
-        lines.append(f"{field.name} = {_toml(getattr(config, field.name))}  # {origin}")
-    for name, tenant in config.tenants.items():
-        lines += ["", f'[tenants."{name}"]  # {found["tenants"].origin}']
-        lines += [
-            f"{field.name} = {_toml(getattr(tenant, field.name))}"
-            for field in dataclasses.fields(TenantConfig)
-        ]
-    return "\n".join(lines) + "\n"
-
-
-def _toml(value: object) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, tuple):
-        return "[" + ", ".join(_toml(item) for item in value) + "]"
-    # What JSON escapes, TOML's basic strings do in the same way; DEL alone may stand in JSON only.
-    return json.dumps(value).replace("\x7f", "\\u007f") if isinstance(value, str) else repr(value)
+    run(config=config, print_config=print_config, adopt=adopt, fresh=fresh, **flags)

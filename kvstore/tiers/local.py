@@ -16,7 +16,7 @@ from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -32,9 +32,11 @@ from kvstore.records import hash_rows
 from kvstore.tiers.admission import HashRows, Origin
 from kvstore.tiers.names import Tenant, pack_metadata, unpack_metadata
 from kvstore.tiers.promotion import Promoter
-from kvstore.tiers.ssd_side import SsdSide
 from kvstore.tiers.write_behind import Job
 from kvstore.transfer import TransferResult
+
+if TYPE_CHECKING:
+    from kvstore.tiers.ssd_side import SsdSide
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +46,7 @@ IN_CPU = 1 | 4  # residency: ready, or being written
 # MissReason in csrc/core/store_core.h; "": it can be had, maybe from ssd only
 _WHY_MISSED = ("absent", "pending", "evicted", "")
 PROMISE_SECONDS = 10.0  # how long a put at a level above memory waits for room in the queue
+NAMESPACES_MAX = 1024  # of a tenant: each costs memory for as long as this process lives
 EVENT_CAPACITY = 1 << 16  # of a namespace, 96 B each; a reader further behind sees a gap
 _WAIT_SLICE_SECONDS = 0.25
 _MEMORY: Ack = "memory"
@@ -63,7 +66,8 @@ def memory_bytes() -> int:
 class Tiers:
     """DRAM and, where configured, an ssd directory.
 
-    Thread safety: all methods may be called from any thread. `_lock` guards `_namespaces`.
+    Thread safety: all methods may be called from any thread. `_lock` guards `_namespaces`,
+    `_num_bound` and `_described`.
 
     Raises:
         OutOfSpaceError: the arena's memory cannot be had.
@@ -94,6 +98,7 @@ class Tiers:
         self.outside: list[Callable[[], Mapping[str, int]]] = []
         self._lock = threading.Lock()
         self._namespaces: dict[tuple[int, bytes], int] = {}
+        self._num_bound: dict[int, int] = {}  # of a tenant's namespaces
         self._described: list[tuple[int, str, Namespace]] = []  # number, tenant's name
         self._events_on = False
         self.core = _new_core(config, first_block_bytes) if core is None else core
@@ -107,6 +112,9 @@ class Tiers:
         self._is_adopting = core is not None
         self.ssd: SsdSide | None = None
         if config.ssd:
+            # Here: without an ssd, a daemon that starts has no time to load LMDB.
+            from kvstore.tiers.ssd_side import SsdSide
+
             self.ssd = SsdSide(
                 config, self.core, self.counters, self.arena.ctypes.data, first_block_bytes
             )
@@ -161,6 +169,8 @@ class Tiers:
         with self._lock:
             number = self._namespaces.get((tenant, namespace.digest))
             if number is None:
+                if self._num_bound.get(tenant, 0) >= NAMESPACES_MAX:
+                    raise ConfigError(f"namespace: there are {NAMESPACES_MAX} of them already")
                 number = self._register(namespace, tenant)
                 if not self._is_adopting:  # until then the old metadata is the right one
                     self._save_metadata()
@@ -178,6 +188,7 @@ class Tiers:
             self.ssd.bind(number, namespace, name, room)
         self._described.append((number, name, namespace))
         self._namespaces[tenant, namespace.digest] = number
+        self._num_bound[tenant] = self._num_bound.get(tenant, 0) + 1
         return number
 
     def _ssd_room(self, tenant: int, quota: int) -> int:

@@ -15,6 +15,7 @@ import threading
 from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -24,11 +25,13 @@ from kvstore.block import BlockHashes
 from kvstore.control import RESERVED
 from kvstore.errors import StoreClosedError
 from kvstore.metrics import Counters
-from kvstore.records import RECORD, Records, records_from
+from kvstore.records import NO_CODEC, RECORD, Records, records_from
 from kvstore.tiers.background import BackgroundThread
-from kvstore.tiers.ssd_side import NO_CODEC, SsdSide
 from kvstore.tracing import traced
 from kvstore.transfer import TransferResult
+
+if TYPE_CHECKING:
+    from kvstore.tiers.ssd_side import SsdSide
 
 BATCH_BYTES = 32 << 20  # published at once; large enough for the disk, small enough to start early
 PREFETCH_BATCH_BYTES = 8 << 20  # less: whoever comes to wait, waits for it first

@@ -24,7 +24,7 @@ from kvstore.config import StoreConfig, parse_bytes
 from kvstore.control import Ack
 from kvstore.errors import IncompatibleError, KVStoreError, OutOfSpaceError, StorageError
 from kvstore.metrics import Counters
-from kvstore.records import NOT_ON_SSD, RECORD, Records, hash_rows, records_from
+from kvstore.records import NO_CODEC, NOT_ON_SSD, RECORD, Records, hash_rows, records_from
 from kvstore.tiers.admission import HashRows, Origin, make_admission
 from kvstore.tiers.names import describe_stored, parse_stored, stored_key
 from kvstore.tiers.ssd import Locations, SsdConfig, SsdTier
@@ -34,7 +34,6 @@ from kvstore.tracing import traced
 
 log = logging.getLogger(__name__)
 
-NO_CODEC = 0
 IN_CPU_ONLY = 1  # residency: ready, and not on ssd
 CLOSE_SECONDS_MIN = 1.0  # for closing files, once nothing is left to write
 _COLUMNS = ("hash", "parent", "depth", "segment", "page", "stored_bytes", "codec", "checksum")

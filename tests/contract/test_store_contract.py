@@ -957,7 +957,7 @@ def test_close_waits_for_a_put_on_another_thread(opened: Open) -> None:
         putting.add_done_callback(lambda _: ended.append("put"))
         assert inside.wait(WAIT_S)
         closing = threads.submit(store.close)
-        while not store._writers.closed:
+        while not store._writers.is_closed:
             pass
         assert not ended
         gate.set()

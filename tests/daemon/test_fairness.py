@@ -17,11 +17,12 @@ from typing import Any
 
 import pytest
 
-from kvstore import wire
+import kvstore
+from kvstore import _native, wire
 from kvstore.daemon.service import Service
 from kvstore.daemon.waiting import Waiting
 from kvstore.tiers.write_behind import WriteBehind
-from tests.daemon.daemon_support import SECONDS, RawClient, chain
+from tests.daemon.daemon_support import SECONDS, SPEC, RawClient, chain
 from tests.daemon.test_requests import made
 
 
@@ -132,3 +133,17 @@ def test_what_was_answered_is_forgotten_before_its_deadline() -> None:
     for future in pending:
         future.set_result(None)
     assert ends == [True] * 12_000
+
+
+def test_namespaces_of_a_tenant_are_bounded(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each costs memory for as long as the daemon lives, whether its client does or not."""
+    monkeypatch.setattr("kvstore.tiers.local.NAMESPACES_MAX", 3)
+    address = service.config.listen
+    for number in (0, 1, 2, 1):
+        RawClient(address, kvstore.Namespace(f"m{number}", SPEC)).close()
+    with pytest.raises(_native.RemoteError, match="namespace: there are 3"):
+        RawClient(address, kvstore.Namespace("m3", SPEC))
+    tiers = service._tiers
+    assert tiers.bind(kvstore.Namespace("m0", SPEC)) == 0

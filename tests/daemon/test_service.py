@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -235,6 +236,63 @@ def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
         daemon.process.send_signal(signal.SIGINT)
         assert daemon.end() == 1
         wait_until(lambda: daemon.holder_pids() == [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stuck", [False, True])
+def test_signals_that_come_early_or_twice_are_heard(tmp_path: Path, stuck: bool) -> None:
+    """It is told to start again and at once to stop, from the moment on that it can be reached."""
+    with running(tmp_path) as daemon:
+        (holder,) = daemon.holder_pids()
+        if stuck:
+            os.kill(holder, signal.SIGSTOP)
+            daemon.process.send_signal(signal.SIGTERM)
+            assert daemon.end() == 0  # the holder says nothing: it ends all the same
+            assert "does not answer" in daemon.log.read_text()
+            return
+        for _ in range(3):
+            with RawClient(daemon.address) as client:
+                epoch = client.welcome.epoch
+            daemon.process.send_signal(signal.SIGHUP)
+            wait_until(lambda before=epoch: epoch_of(daemon.address) not in (b"", before))
+            daemon.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: epoch_of(daemon.address) != b"")
+        assert daemon.stop() == 0
+        wait_until(lambda: daemon.holder_pids() == [])
+        assert not list(tmp_path.glob("s"))
+
+
+def test_who_comes_during_the_start_is_answered_as_soon_as_it_serves(tmp_path: Path) -> None:
+    config = DaemonConfig(
+        cpu="1MiB", chunk="128KiB", listen=f"unix:{tmp_path}/s", http="", hold_seconds=0
+    )
+    asked: list[Future[bytes]] = []
+
+    def come(*_: object) -> None:
+        asked.append(pool.submit(greet, config.listen))
+        wait_until(asked[0].running)
+
+    def greet(address: str) -> bytes:
+        with RawClient(address) as client:
+            assert client.status()["state"] == "serving"
+            return client.welcome.epoch
+
+    with ThreadPoolExecutor(1) as pool, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Service, "_keep_arena", come)
+        with Service(config) as service:
+            assert asked[0].result(SECONDS) == service.epoch
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_start_that_fails_leaves_no_socket(tmp_path: Path) -> None:
+    config = DaemonConfig(
+        cpu="1MiB", chunk="128KiB", listen=f"unix:{tmp_path}/s", http="", hold_seconds=0
+    )
+    with pytest.raises(kvstore.ConfigError, match="adopt"):
+        Service(config, adopt="must")
+    assert not (tmp_path / "s").exists()
+    with Service(config):
+        pass
 
 
 def test_a_service_manager_is_told(tmp_path: Path) -> None:

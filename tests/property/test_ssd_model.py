@@ -133,5 +133,5 @@ class SsdModel(RuleBasedStateMachine):
             shutil.rmtree(self.directory)
 
 
-SsdModel.TestCase.settings = settings(max_examples=25, stateful_step_count=15, deadline=None)
+SsdModel.TestCase.settings = settings(max_examples=15, stateful_step_count=15, deadline=None)
 TestSsdModel = SsdModel.TestCase
