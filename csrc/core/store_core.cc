@@ -12,8 +12,12 @@ namespace kvstore {
 
 namespace {
 
-using ReadLock = std::shared_lock<std::shared_mutex>;
-using WriteLock = std::unique_lock<std::shared_mutex>;
+using ReadLock = std::shared_lock<FairMutex>;
+using WriteLock = std::unique_lock<FairMutex>;
+
+// So that nobody waits for the lock for longer than some milliseconds.
+constexpr std::size_t kLooksPerTurn = 8192;
+constexpr std::size_t kLooksAhead = 256;
 
 }  // namespace
 
@@ -125,16 +129,19 @@ std::size_t StoreCore::Match(NamespaceId ns, const BlockHash *hashes, std::size_
 
 void StoreCore::Residency(NamespaceId ns, const BlockHash *hashes, std::size_t n,
                           std::uint8_t *residency) const {
-    std::vector<EntryId> found(n);
-    ReadLock lock(mutex_);
-    index_.FindMany(ns, hashes, n, found.data());
-    for (std::size_t i = 0; i < n; ++i) {
-        residency[i] = 0;
-        if (found[i] == kNoEntry) continue;
-        const Entry &entry = index_[found[i]];
-        residency[i] = static_cast<std::uint8_t>(
-            (entry.cpu == CpuState::kReady ? 1 : 0) | (entry.on_ssd() ? 2 : 0) |
-            (entry.cpu == CpuState::kWriting || entry.cpu == CpuState::kDone ? 4 : 0));
+    std::vector<EntryId> found(std::min(n, kLooksPerTurn));
+    for (; n > 0; hashes += found.size(), residency += found.size(), n -= found.size()) {
+        found.resize(std::min(n, kLooksPerTurn));
+        ReadLock lock(mutex_);
+        index_.FindMany(ns, hashes, found.size(), found.data());
+        for (std::size_t i = 0; i < found.size(); ++i) {
+            residency[i] = 0;
+            if (found[i] == kNoEntry) continue;
+            const Entry &entry = index_[found[i]];
+            residency[i] = static_cast<std::uint8_t>(
+                (entry.cpu == CpuState::kReady ? 1 : 0) | (entry.on_ssd() ? 2 : 0) |
+                (entry.cpu == CpuState::kWriting || entry.cpu == CpuState::kDone ? 4 : 0));
+        }
     }
 }
 
@@ -160,12 +167,19 @@ std::size_t StoreCore::Acquire(OwnerId owner, NamespaceId ns, const BlockHash *h
     std::vector<EntryId> found(n);
     WriteLock lock(mutex_);
     EndOverdueLeases();
-    index_.FindMany(ns, hashes, n, found.data());
     const auto leased = leased_.find(owner);
     const std::size_t taken = kLeaseCost + (leased == leased_.end() ? 0 : leased->second);
     const std::size_t most = taken < kLeasedMax ? std::min(n, kLeasedMax - taken) : 0;
     std::size_t held = 0;
-    while (held < most && found[held] != kNoEntry && index_[found[held]].cpu == CpuState::kReady) {
+    std::size_t looked = 0;
+    while (held < most) {
+        if (held ==
+            looked) {  // not all at once: most of a long chain that is not here is no matter
+            const std::size_t step = std::min(most - looked, kLooksAhead);
+            index_.FindMany(ns, hashes + looked, step, &found[looked]);
+            looked += step;
+        }
+        if (found[held] == kNoEntry || index_[found[held]].cpu != CpuState::kReady) break;
         Entry &entry = index_[found[held]];
         if (entry.leases >= kLeasesMax) break;
         ++entry.leases;

@@ -30,7 +30,6 @@
 #include <map>
 #include <memory>
 #include <mutex>
-#include <shared_mutex>
 #include <string>
 #include <unordered_map>
 #include <utility>
@@ -38,6 +37,7 @@
 
 #include "core/arena.h"
 #include "core/eviction.h"
+#include "core/fair_mutex.h"
 #include "core/ghost_queue.h"
 #include "core/index.h"
 #include "core/types.h"
@@ -216,7 +216,8 @@ public:
     // Leading blocks that are available in any tier.
     std::size_t Match(NamespaceId ns, const BlockHash *hashes, std::size_t n,
                       std::int64_t start) const;
-    // residency[i]: bit 0 ready in cpu, bit 1 on ssd, bit 2 being written.
+    // residency[i]: bit 0 ready in cpu, bit 1 on ssd, bit 2 being written. Of one moment for a few
+    // thousand blocks at a time.
     void Residency(NamespaceId ns, const BlockHash *hashes, std::size_t n,
                    std::uint8_t *residency) const;
     // Waits until `want` leading blocks are available or `deadline_ns` (steady clock) has come;
@@ -251,8 +252,9 @@ public:
 
     // --- reading
     // Pins the leading blocks that are ready in the cpu tier, as far as the owner may lease more.
-    // Returns how many; the lease is 0 when none. `expires_ns` on the steady clock, or kNever. With `use` it counts as a use of the
-    // blocks; the store's own reads (write-behind, promotion) are none.
+    // Returns how many; the lease is 0 when none. `expires_ns` on the steady clock, or kNever. With
+    // `use` it counts as a use of the blocks; the store's own reads (write-behind, promotion) are
+    // none.
     std::size_t Acquire(OwnerId owner, NamespaceId ns, const BlockHash *hashes, std::size_t n,
                         std::int64_t expires_ns, bool use, LeaseId *lease, Grant *grants);
     // False when the lease is unknown or another owner's: it had expired, and what was read may be
@@ -358,7 +360,7 @@ private:
     static constexpr EntryId kQuarantined = kNoEntry - 1;
     static constexpr SizeClass kNoClass = UINT32_MAX;
     static constexpr std::uint32_t kLeasesMax = UINT32_MAX / 2;  // of a block, by Acquire
-    static constexpr std::size_t kGhosts = 1 << 16;  // 13 B each
+    static constexpr std::size_t kGhosts = 1 << 16;              // 13 B each
     static constexpr std::uint64_t kSequenceStep = std::uint64_t{1} << 32;
     struct Lease {
         OwnerId owner;
@@ -437,7 +439,7 @@ private:
     SsdRecord RecordOf(const Entry &entry) const;
     bool FitsSsdQuota(const Entry &entry, std::uint32_t stored_bytes) const;
 
-    mutable std::shared_mutex mutex_;
+    mutable FairMutex mutex_;
     mutable std::condition_variable_any became_ready_;
     mutable std::uint64_t waiters_ = 0;
 

@@ -16,8 +16,8 @@ namespace kvstore {
 
 namespace {
 
-using ReadLock = std::shared_lock<std::shared_mutex>;
-using WriteLock = std::unique_lock<std::shared_mutex>;
+using ReadLock = std::shared_lock<FairMutex>;
+using WriteLock = std::unique_lock<FairMutex>;
 
 constexpr std::uint32_t kNoStoredId = UINT32_MAX;  // of a namespace that is not set yet
 constexpr std::size_t kStoredIdsMax =

@@ -11,8 +11,8 @@ namespace kvstore {
 
 namespace {
 
-using ReadLock = std::shared_lock<std::shared_mutex>;
-using WriteLock = std::unique_lock<std::shared_mutex>;
+using ReadLock = std::shared_lock<FairMutex>;
+using WriteLock = std::unique_lock<FairMutex>;
 
 }  // namespace
 

@@ -8,7 +8,7 @@
 namespace kvstore {
 
 TenantId StoreCore::AddTenant(std::uint64_t cpu_quota_bytes, std::uint64_t ssd_quota_bytes) {
-    const std::unique_lock<std::shared_mutex> lock(mutex_);
+    const std::unique_lock<FairMutex> lock(mutex_);
     Tenant &tenant = tenants_.emplace_back();
     tenant.stats.cpu_quota_bytes = cpu_quota_bytes;
     tenant.stats.ssd_quota_bytes = ssd_quota_bytes;
@@ -18,12 +18,12 @@ TenantId StoreCore::AddTenant(std::uint64_t cpu_quota_bytes, std::uint64_t ssd_q
 }
 
 std::size_t StoreCore::num_tenants() const {
-    const std::shared_lock<std::shared_mutex> lock(mutex_);
+    const std::shared_lock<FairMutex> lock(mutex_);
     return tenants_.size();
 }
 
 TenantStats StoreCore::StatsOf(TenantId tenant) const {
-    const std::shared_lock<std::shared_mutex> lock(mutex_);
+    const std::shared_lock<FairMutex> lock(mutex_);
     return tenants_[tenant].stats;
 }
 

@@ -214,6 +214,11 @@ void Connection::CountAcquire(const Chain &chain, std::size_t held, bool damaged
 void Connection::HandleRelease() {
     ReleaseRequest request;
     if (!ParseBody(&request)) return;
+    if (request.n > StoreCore::kLeasedMax / StoreCore::kLeaseCost) {
+        Refuse(Status::kConfig,
+               "release: " + std::to_string(request.n) + " are more leases than a client may have");
+        return;
+    }
     std::uint8_t *reply = StartReply(static_cast<std::size_t>(request.n));
     for (std::size_t i = 0; i < request.n; ++i) {
         reply[i] = core_.Release(owner(), U64At(request.leases, i)) ? 1 : 0;

@@ -11,8 +11,11 @@
 #include <cstdio>
 #include <cstring>
 #include <memory>
+#include <mutex>
 #include <random>
+#include <shared_mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "copy/block_io.h"
@@ -20,6 +23,7 @@
 #include "copy/scrub.h"
 #include "core/check.h"
 #include "core/eviction.h"
+#include "core/fair_mutex.h"
 
 namespace {
 
@@ -352,10 +356,36 @@ void TestWaitersWakeUp() {
     waiter.join();
 }
 
+// Who comes to read does not pass one who waits to write.
+void TestReadersLetWritersIn() {
+    FairMutex mutex;
+    std::atomic<int> reads{0};
+    std::atomic<bool> done{false};
+    mutex.lock_shared();  // until readers no longer come in
+    std::thread writer([&] {
+        const std::unique_lock<FairMutex> lock(mutex);
+        done.store(true);
+    });
+    std::thread reader([&] {
+        while (!done.load()) {
+            const std::shared_lock<FairMutex> lock(mutex);
+            KV_CHECK(++reads < 10'000'000);
+        }
+    });
+    for (int seen = -1, still = 0; still < 10000; ++still) {
+        if (std::exchange(seen, reads.load()) != seen) still = 0;
+        std::this_thread::yield();
+    }
+    mutex.unlock_shared();
+    writer.join();
+    reader.join();
+}
+
 }  // namespace
 
 int main() {
     for (const std::string &policy : EvictionPolicyNames()) TestThreadsThenAdopt(policy);
     TestWaitersWakeUp();
+    TestReadersLetWritersIn();
     std::puts("store_core_test: ok");
 }

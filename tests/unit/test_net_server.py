@@ -462,6 +462,16 @@ def test_stale_leases_and_reservations_are_refused_and_the_connection_goes_on(
     client.close()
 
 
+def test_more_leases_than_a_client_may_have_are_not_released_one_by_one(daemon: Daemon) -> None:
+    client = daemon.connect()
+    assert not client.release(np.arange(1 << 20, dtype=np.uint64), WAIT_S).any()
+    with pytest.raises(_native.RemoteError, match="more leases than") as refused:
+        client.release(np.arange((1 << 20) + 1, dtype=np.uint64), WAIT_S)
+    assert refused.value.status == CONFIG
+    assert client.ping(b"on", WAIT_S) == b"on"
+    client.close()
+
+
 def test_another_clients_lease_and_reservation_are_not_ours(daemon: Daemon) -> None:
     owner, thief = daemon.connect(), daemon.connect()
     hashes = chain(1, 2)
