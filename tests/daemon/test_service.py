@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -163,6 +164,10 @@ def epoch_of(address: str) -> bytes:
         return b""
 
 
+def serves_anew(address: str, before: bytes) -> bool:
+    return epoch_of(address) not in (b"", before)
+
+
 @pytest.mark.slow
 def test_restart_keeps_content_that_is_not_to_outlive_a_crash(tmp_path: Path) -> None:
     with running(tmp_path, "--hold-seconds", "0") as daemon:
@@ -254,7 +259,7 @@ def test_signals_that_come_early_or_twice_are_heard(tmp_path: Path, stuck: bool)
             with RawClient(daemon.address) as client:
                 epoch = client.welcome.epoch
             daemon.process.send_signal(signal.SIGHUP)
-            wait_until(lambda before=epoch: epoch_of(daemon.address) not in (b"", before))
+            wait_until(partial(serves_anew, daemon.address, epoch))
             daemon.process.send_signal(signal.SIGHUP)
         wait_until(lambda: epoch_of(daemon.address) != b"")
         assert daemon.stop() == 0
