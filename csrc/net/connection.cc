@@ -333,7 +333,8 @@ bool Connection::SubmitTask(const std::uint8_t *body, std::size_t bytes) {
 
 void Connection::SubmitOrRefuse() {
     if (SubmitTask(body(), header_.length)) return;
-    Refuse(Status::kStorage, "the daemon is busy: too many requests wait");
+    // The queue refuses while the server ends too: it was there, and is away.
+    Refuse(Status::kPeerUnavailable, "the daemon is busy or ends: too many requests wait");
 }
 
 void Connection::Answer(std::uint64_t task, std::uint8_t status, std::vector<std::uint8_t> body) {

@@ -55,6 +55,7 @@ enum class Status : std::uint8_t {
     kInUse = 4,
     kStoreClosed = 5,
     kStorage = 8,
+    kPeerUnavailable = 9,
 };
 
 struct FrameHeader {

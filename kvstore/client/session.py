@@ -33,6 +33,7 @@ from kvstore.errors import (
     IncompatibleError,
     KVStoreError,
     PeerUnavailableError,
+    StorageError,
 )
 
 _Answer = TypeVar("_Answer")
@@ -232,7 +233,10 @@ class Session:
         if num_bytes != self.arena.num_bytes:
             os.close(fd)
             raise IncompatibleError(f"arena: {num_bytes} bytes, not {self.arena.num_bytes}")
-        return self.arena.attach(fd, is_writable)
+        try:
+            return self.arena.attach(fd, is_writable)
+        except OSError as error:  # no memory for it here
+            raise StorageError(error.errno or 0, f"arena: cannot be mapped: {error}") from error
 
     def _join(self) -> Connection:
         """Return one more connection of this client."""

@@ -35,7 +35,6 @@ from kvstore.daemon.waiting import Waiting
 from kvstore.errors import (
     IncompatibleError,
     KVStoreError,
-    OutOfSpaceError,
     PeerUnavailableError,
 )
 from kvstore.metrics import METRICS
@@ -230,7 +229,7 @@ class Server:
         except RuntimeError:  # closing
             return
         if queued is None:
-            error = OutOfSpaceError("the daemon has more to do than it can; try again")
+            error = PeerUnavailableError("the daemon has more to do than it can; try again")
             self._reply(task, str(error).encode(), wire.status_of(error))
 
     def _client(self, number: int) -> Client:

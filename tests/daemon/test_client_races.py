@@ -26,6 +26,7 @@ from kvstore import wire
 from kvstore.client import RemoteControl
 from kvstore.client.handshake import Target, dial
 from kvstore.client.link import Link, Outages
+from kvstore.client.session import Session
 from kvstore.client.session import Writers as SlotWriters
 from kvstore.control import Granted
 from kvstore.errors import IncompatibleError, PeerUnavailableError
@@ -221,3 +222,22 @@ def test_a_child_may_begin_with_a_prefetch_or_close(fake: FakeDaemon) -> None:
             assert in_child(store.close) == 0
         assert store.match(chain(1, 6)) == 3
         assert control_of(store)._outages.snapshot()["kvstore_reconnects_total"] == 0
+
+
+def test_a_put_is_refused_where_the_arena_cannot_be_mapped(
+    fake: FakeDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The daemon has no descriptor left, or this process no memory."""
+
+    def fail(*_: object) -> Any:
+        raise OSError(12, "no memory")
+
+    with kvstore.connect(fake.address, NAMESPACE) as store:
+        session = control_of(store)._session()
+        session.welcome.may_map_writable = True
+        monkeypatch.setattr(type(session.arena), "attach", fail)
+        monkeypatch.setattr(Session, "ask", lambda *_: (0, session.arena.num_bytes))
+        hashes = chain(1, 2)
+        assert store.put(hashes, buffers_of(hashes)).wait(WAIT_S).num_unavailable == 2
+        monkeypatch.undo()
+        assert store.match(hashes) == 3  # all else goes on

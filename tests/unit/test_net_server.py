@@ -49,7 +49,7 @@ from tests.net_support import (
 )
 
 MATCH, ACQUIRE, RESERVE, COMMIT, WAIT_FOR, READ, WRITE, MAP, PING = 1, 4, 6, 7, 9, 10, 11, 12, 13
-CONFIG, IN_USE, STORE_CLOSED, STORAGE = 2, 4, 5, 8
+CONFIG, IN_USE, STORE_CLOSED, UNAVAILABLE = 2, 4, 5, 9
 NO_SPACE = 3
 
 
@@ -659,7 +659,7 @@ def test_busy_daemon_says_so_at_once(tmp_path: Path) -> None:
             thread.start()
         until(lambda: daemon.native.stats()["refused_busy"] == 5)  # one is answered, two wait
         until(lambda: len(replies) == 5)
-        assert all(isinstance(r, _native.RemoteError) and r.status == STORAGE for r in replies)
+        assert all(isinstance(r, _native.RemoteError) and r.status == UNAVAILABLE for r in replies)
         stuck.set()
         for thread in threads:
             thread.join()
