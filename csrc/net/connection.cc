@@ -384,6 +384,12 @@ bool Connection::KeepWaiting(double wait_seconds) {
     return true;
 }
 
+void Connection::ParkForATurn() {
+    if (!is_parked() && services_.parked.fetch_add(1) == 0) services_.parked.notify_one();
+    parked_until_ns_ = SteadyNowNs();
+    state_ = State::kWaiting;
+}
+
 void Connection::Unpark() {
     if (!is_parked()) return;
     parked_until_ns_ = 0;
