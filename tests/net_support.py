@@ -29,10 +29,18 @@ U64s = npt.NDArray[np.uint64]
 class Daemon:
     """Admits every HELLO: with an empty body as a new client, else to the client it names."""
 
-    def __init__(self, path: Path, *, slots: int = 64, tcp: bool = False, **options: Any) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        slots: int = 64,
+        tcp: bool = False,
+        core: _native.StoreCore | None = None,
+        **options: Any,
+    ) -> None:
         chunk = 16 * (BLOCK_BYTES + 4096)
-        self.core = _native.StoreCore(slots // 16 * chunk, chunk, False, "lru")
-        self.namespace_id = self.core.add_namespace(BLOCK_BYTES)
+        self.core = core or _native.StoreCore(slots // 16 * chunk, chunk, False, "lru")
+        self.namespace_id = 0 if core else self.core.add_namespace(BLOCK_BYTES)
         self.native = _native.NativeServer(self.core, **options)
         self.terms: dict[str, Any] = {
             "may_map": True,

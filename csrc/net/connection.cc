@@ -385,6 +385,12 @@ bool Connection::KeepWaiting(double wait_seconds) {
     return true;
 }
 
+void Connection::ParkForATurn() {
+    if (!is_parked()) services_.AddParked();
+    parked_until_ns_ = SteadyNowNs();
+    state_ = State::kWaiting;
+}
+
 void Connection::Unpark() {
     if (!is_parked()) return;
     parked_until_ns_ = 0;

@@ -127,6 +127,8 @@ private:
     void Notice(std::uint8_t kind, const Chain &chain, std::size_t n);
     // Parks the request until something changes; false once it has waited as long as it may.
     bool KeepWaiting(double wait_seconds);
+    // Looks at the request again as soon as the others had their turn.
+    void ParkForATurn();
     void Unpark();
     template <typename Request>
     bool ParseBody(Request *request);

@@ -15,6 +15,9 @@ namespace kvstore {
 
 namespace {
 
+// What one look at an ACQUIRE checks of blocks that were adopted: some milliseconds, in which this
+// thread's other connections wait.
+constexpr std::size_t kVerifyBytes = 64 << 20;
 constexpr double kTtlSecondsMax = 366.0 * 24 * 3600;
 
 // Room for the results of one call into the core. Of the thread, not of the connection, since no
@@ -156,19 +159,29 @@ void Connection::HandleAcquire() {
     std::vector<Grant> &grants = Scratch<Grant>(chain.n);
     LeaseId lease = 0;
     std::size_t num_damaged = 0;
+    bool is_left = false;
     const auto acquire = [&] {
         const std::size_t granted =
             AcquireVerified(core_, owner(), ns(), chain.hashes, chain.n, expires, use, &lease,
-                            grants.data(), &num_damaged);
+                            grants.data(), &num_damaged, kVerifyBytes, &is_left);
         AddTo(services_.counters.integrity_failures, num_damaged);
         return granted;
     };
     std::size_t held = acquire();
+    if (is_left) {
+        ParkForATurn();
+        return;
+    }
     if (held < chain.n && request.wait_seconds > 0 && client_->terms.notices &&
         core_.Match(ns(), chain.hashes, chain.n, chain.start) > held) {
         if (lease != 0) core_.Release(owner(), lease);
+        Unpark();
         if (SubmitTask(body(), header_.length)) return;
         held = acquire();
+        if (is_left) {
+            ParkForATurn();
+            return;
+        }
     }
     if (use) CountAcquire(chain, held, num_damaged > 0);
     std::uint8_t *reply = StartReply(16 + 32 * held);

@@ -106,4 +106,4 @@ def test_pauses_of_a_long_outage() -> None:
         assert breaker.attempt()
         breaker.failed()
         pauses[-1] = round(breaker.wait_seconds(), 3)
-    assert pauses == [0.05, 0.1, 0.2, 0.4, 0.8, 1.0, 1.0, 1.0]
+    assert pauses == [0.05, 0.1, 0.2, 0.25, 0.25, 0.25, 0.25, 0.25]

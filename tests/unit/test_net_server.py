@@ -24,7 +24,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstore import _native
+from kvstore import ContiguousBlocks, _native
 from tests.net_support import (
     AUTH,
     BLOCK_BYTES,
@@ -413,6 +413,27 @@ def test_stop_ends_clients_and_waiters(tmp_path: Path) -> None:
 
 
 # --- refusals
+
+
+def test_a_long_adopted_chain_is_checked_to_its_end(tmp_path: Path) -> None:
+    """In turns: it has more bytes than one look at it checks."""
+    core = _native.StoreCore(110 << 20, 2 << 20, False, "lru")
+    core.add_namespace(BLOCK_BYTES)
+    hashes = chain(1, 20_000)
+    row = np.arange(BLOCK_BYTES, dtype=np.uint32).astype(np.uint8).reshape(1, BLOCK_BYTES)
+    plan = ContiguousBlocks(row).plan
+    ids = np.zeros(len(hashes), np.int64)
+    assert core.put(core.new_owner(), 0, hashes, 0, None, plan, ids, 1)[1] == len(hashes)
+    core = _native.StoreCore.adopt(core.arena_fd, "lru")
+    core.add_namespace(BLOCK_BYTES)
+    assert core.recover({0: 0})["adopted"] == len(hashes)
+    with serving(tmp_path, core=core, threads=1) as daemon:
+        client = daemon.connect()
+        held = len(client.acquire(-1.0, 0.0, 0, hashes, 0, None, WAIT_S)[1])
+        assert held == len(hashes)
+        assert core.stats()["unverified"] == 0
+        assert daemon.native.stats()["parked_requests"] == 0
+        client.close()
 
 
 def test_write_with_a_wrong_checksum_is_not_stored(daemon: Daemon) -> None:
