@@ -470,13 +470,12 @@ def test_stale_leases_and_reservations_are_refused_and_the_connection_goes_on(
     with pytest.raises(_native.RemoteError, match="lease"):
         client.read(lease, 0, addresses(room), BLOCK_BYTES, WAIT_S)
     assert not room.any()
-    sums = checksums(payload(hashes))
+    blocks = payload(hashes)  # to be kept: the client is given its address only
+    sums = checksums(blocks)
     with pytest.raises(_native.RemoteError, match="no reservation"):
         client.commit(12345, 0, sums, hashes, 0, None, WAIT_S)
     with pytest.raises(_native.RemoteError, match="no reservation") as refused:
-        client.write(
-            12345, 0, sums, hashes, 0, None, addresses(payload(hashes)), BLOCK_BYTES, WAIT_S
-        )
+        client.write(12345, 0, sums, hashes, 0, None, addresses(blocks), BLOCK_BYTES, WAIT_S)
     assert refused.value.status == STORE_CLOSED
     client.abort(12345, WAIT_S)
     assert client.match(hashes, 0, None, WAIT_S) == 2
