@@ -273,5 +273,5 @@ class AdoptionModel(RuleBasedStateMachine):
             os.close(self.view.die())
 
 
-AdoptionModel.TestCase.settings = settings(max_examples=80, stateful_step_count=25, deadline=None)
+AdoptionModel.TestCase.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
 TestAdoptionModel = AdoptionModel.TestCase
