@@ -1,0 +1,1 @@
+"""kvstore in SGLang: a HiCache storage backend, and a linker without a host tier."""
