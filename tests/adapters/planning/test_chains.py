@@ -1,5 +1,5 @@
-"""Chain: hashes are appended only, blocks of coarser groups are named by their last hash, and slices
-that were handed out do not change while the chain grows."""
+"""Chain: hashes are appended only, blocks of coarser groups are named by their last hash, and
+slices that were handed out do not change while the chain grows."""
 
 import hashlib
 
