@@ -10,7 +10,7 @@ TORCHED := $(VENV)/.torch
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
 CXX ?= g++
 
-.PHONY: all demo test test-all lint format bench sanitize fuzz wheel clean tools
+.PHONY: all demo test test-all lint format bench vllm vllm-all sanitize fuzz wheel clean tools
 all: lint test
 
 tools:
@@ -56,6 +56,24 @@ format: $(BUILT)
 bench: $(TORCHED)
 	$(BIN)/kvstore bench $(ARGS)
 
+# Real vLLM engines on a CPU, in an environment of their own (Python 3.11 or newer). The requirement
+# file is a part of what vLLM asks for, hence --no-deps; the last line must not move what it pins.
+VLLM_VENV ?= .venv-vllm
+VLLM_PINS := tests/adapters/vllm/requirements.txt
+$(VLLM_VENV)/.built: $(VLLM_PINS) pyproject.toml setup.py $(NATIVE) | tools
+	test -d $(VLLM_VENV) || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install -q torch==2.13.0
+	$(VLLM_VENV)/bin/pip install -q --no-deps -r $(VLLM_PINS)
+	$(VLLM_VENV)/bin/pip install -q -e '.[test]' -c $(VLLM_PINS)
+	touch $@
+
+vllm: $(VLLM_VENV)/.built
+	$(VLLM_VENV)/bin/python -m pytest -m "vllm and not slow" $(ARGS)
+
+# With two OpenAI servers and the slower modes: some twenty engines more.
+vllm-all: $(VLLM_VENV)/.built
+	$(VLLM_VENV)/bin/python -m pytest -m vllm $(ARGS)
+
 # Native code under AddressSanitizer and UBSan through the Python tests, then the threaded C++ tests
 # under ThreadSanitizer. Torch is kept out: it is not instrumented.
 SANITIZED := build/asan
@@ -98,4 +116,4 @@ wheel: $(BUILT)
 	$(BIN)/python -m build -o dist .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info kvstore/*.so
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info kvstore/*.so
