@@ -21,7 +21,10 @@ BlockHash = NewType("BlockHash", bytes)
 HashArray: TypeAlias = npt.NDArray[np.uint8]
 
 HASH_BYTES: Final = 32
-HASH_ALGORITHMS: Final = ("blake3", "sha256", "vllm_sha256", "vllm_sha256_cbor")
+# What `hash_blocks` computes; and what else may name a namespace's blocks: SGLang's own chain (with
+# its seeds and pairs of tokens), or 32 bytes that the caller answers for.
+CHAIN_ALGORITHMS: Final = ("blake3", "sha256", "vllm_sha256", "vllm_sha256_cbor")
+HASH_ALGORITHMS: Final = (*CHAIN_ALGORITHMS, "sglang_sha256", "external")
 DTYPE_BYTES: Final = {
     "float32": 4,
     "float16": 2,
@@ -80,6 +83,16 @@ class BlockSpec:
         _check_choice("kind", self.kind, BLOCK_KINDS)
         if self.kind == "latent" and self.num_kv_heads != 1:
             raise ConfigError(f"num_kv_heads: a latent block has 1, got {self.num_kv_heads}")
+
+    @classmethod
+    def of_bytes(cls, num_bytes: int) -> "BlockSpec":
+        """Blocks of `num_bytes` opaque bytes: for engines that keep their inside to themselves.
+
+        Raises:
+            ConfigError: `num_bytes` is no positive int.
+        """
+        _check_count("num_bytes", num_bytes, 1)
+        return cls(1, 1, num_bytes, 1, "uint8", "latent")
 
     @property
     def num_parts(self) -> int:

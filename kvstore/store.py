@@ -26,6 +26,7 @@ from kvstore.errors import ConfigError, StoreClosedError
 from kvstore.events import Event
 from kvstore.layout import BlockBuffers
 from kvstore.lease import Lease
+from kvstore.loads import Flags, Load, is_available
 from kvstore.puts import Put, check_ack
 from kvstore.records import records_from
 from kvstore.reservation import Reservation, Writers
@@ -59,6 +60,10 @@ class BlockInfo:
 
 def _load_attributes(result: TransferResult, chain: BlockHashes) -> dict[str, int]:
     return {"blocks": len(chain), "loaded_blocks": result.num_blocks}
+
+
+def _each_attributes(arrived: Flags) -> dict[str, int]:
+    return {"blocks": len(arrived), "loaded_blocks": int(np.count_nonzero(arrived))}
 
 
 class Store:
@@ -139,6 +144,10 @@ class Store:
         """
         return self.control.match(BlockHashes.of(hashes))
 
+    def contains(self, hashes: Hashes) -> Flags:
+        """Return for each block by itself whether it is available in any tier."""
+        return is_available(self.control.residency(BlockHashes.of(hashes)))
+
     def describe(self, hashes: Hashes) -> list[BlockInfo]:
         """Return what is known of leading blocks; ends at the first that is unknown."""
         chain = BlockHashes.of(hashes)
@@ -216,24 +225,52 @@ class Store:
             loaded, is_all = self._fast_load(chain, buffers.plan, ids, self._verify, self.threads)
             if is_all:
                 return TransferResult(loaded, num_missed=len(chain) - loaded)
-        began = time.monotonic()
-        deadline = began + (self._timeout if timeout is None else timeout)
-        # A control that answers, but slowly, must not add up a deadline for each piece.
-        last_begin = max(deadline, began + self._call_seconds)
-        piece = control.piece_blocks or max(len(chain), 1)
-        loaded = 0
-        for begin in range(0, len(chain), piece):
-            part = chain[begin : begin + piece] if piece < len(chain) else chain
-            now = time.monotonic()
-            if begin and now >= last_begin:
-                break
-            left = max(0.0, deadline - now)
-            with self.acquire(part, timeout=left) as lease:
-                if len(lease):
-                    loaded += lease.load(buffers, ids[begin : begin + len(lease)])
-            if loaded < begin + len(part):
-                break
+        loaded = self._new_load(control, chain, buffers, ids, timeout).leading()
         return TransferResult(loaded, num_missed=len(chain) - loaded)
+
+    def load_each(
+        self,
+        hashes: Hashes,
+        buffers: BlockBuffers,
+        block_ids: object = None,
+        *,
+        timeout: float | None = None,
+    ) -> Flags:
+        """As `load`, for blocks that are of use without one another.
+
+        Returns:
+            For each block whether exactly the bytes that were put are in its engine block. The
+            engine blocks of the others may hold anything.
+        """
+        chain = BlockHashes.of(hashes)
+        ids = self._ids(chain, block_ids)
+        buffers.require_block_bytes(self._block_bytes)
+        buffers.require_writable()
+        return self._load_each(chain, buffers, ids, timeout)
+
+    @traced("load", lambda result, _, chain, *__: _each_attributes(result))
+    def _load_each(
+        self,
+        chain: BlockHashes,
+        buffers: BlockBuffers,
+        ids: npt.NDArray[np.int64],
+        timeout: float | None,
+    ) -> Flags:
+        return self._new_load(self.control, chain, buffers, ids, timeout).each()
+
+    def _new_load(
+        self,
+        control: Control,
+        chain: BlockHashes,
+        buffers: BlockBuffers,
+        ids: npt.NDArray[np.int64],
+        timeout: float | None,
+    ) -> Load:
+        def acquire(part: BlockHashes, left: float) -> Lease:
+            return self.acquire(part, timeout=left)
+
+        wait = self._timeout if timeout is None else timeout
+        return Load(control, acquire, chain, buffers, ids, wait, self._call_seconds)
 
     def prefetch(self, hashes: Hashes) -> Transfer:
         """Start to read leading blocks from lower tiers into DRAM."""
@@ -287,6 +324,14 @@ class Store:
                 return Transfer(self._fast_put(chain, buffers.plan, ids, self.threads))
             put = Put(control, chain, buffers, ids, ack, self.threads)
             return put.run(wait, lambda: self._closing)
+
+    def put_each(self, hashes: Hashes, buffers: BlockBuffers, block_ids: object = None) -> Flags:
+        """As `put`; return for each block by itself whether it is in the store now, stored by this
+        call or there before."""
+        chain = BlockHashes.of(hashes)
+        if self.put(chain, buffers, block_ids).wait().num_blocks == len(chain):
+            return np.ones(len(chain), bool)
+        return self.contains(chain)
 
     def reserve(self, hashes: Hashes) -> Reservation:
         """Reserve slots to be written in place: the two-phase form of `put`."""

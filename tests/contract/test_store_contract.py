@@ -238,6 +238,97 @@ def test_chains_share_their_common_prefix(store: Store) -> None:
     assert load(store, left) == load(store, right) == 7
 
 
+# --- blocks by themselves
+
+
+def alone(hashes: BlockHashes) -> BlockHashes:
+    """The same blocks, of which nobody knows that they are a chain."""
+    return BlockHashes.of(hashes.array)
+
+
+def load_each(store: Store, hashes: BlockHashes, **options: Any) -> list[bool]:
+    """Load, and compare every byte that counts."""
+    room = np.zeros((len(hashes), BLOCK_BYTES), np.uint8)
+    arrived = store.load_each(hashes, ContiguousBlocks(room), **options)
+    for i in np.flatnonzero(arrived):
+        assert np.array_equal(room[i], bytes_of(hashes[int(i)])), f"block {i} is wrong"
+    return [bool(value) for value in arrived]
+
+
+def test_a_gap_keeps_no_block_from_being_found_and_loaded_by_itself(store: Store) -> None:
+    hashes = alone(chain(1, 8))
+    assert not store.contains(hashes).any()
+    assert load_each(store, hashes) == [False] * 8
+    put(store, hashes[2:4])
+    put(store, hashes[6:7])
+    there = [i in (2, 3, 6) for i in range(8)]
+    assert store.contains(hashes).tolist() == there
+    assert load_each(store, hashes) == there
+    assert store.match(hashes) == 0
+
+
+def test_each_block_goes_to_the_id_that_is_given_for_it(store: Store) -> None:
+    hashes = alone(chain(1, 4))
+    put(store, hashes[1:2])
+    put(store, hashes[3:4])
+    target, pool = paged(8)
+    assert store.load_each(hashes, pool, [7, 2, 0, 5]).tolist() == [False, True, False, True]
+    assert np.array_equal(target[2], bytes_of(hashes[1]))
+    assert np.array_equal(target[5], bytes_of(hashes[3]))
+
+
+def test_put_each_tells_of_each_block_whether_it_is_there(store: Store) -> None:
+    hashes = alone(chain(1, 6))
+    put(store, hashes[4:5])
+    assert store.put_each(hashes, buffers_of(hashes)).tolist() == [True] * 6
+    assert store.put_each(hashes, buffers_of(hashes)).tolist() == [True] * 6
+    assert load_each(store, hashes) == [True] * 6
+    orphans = chain(2, 4)[1:]  # linked, and what they continue is not there
+    assert store.put_each(orphans, buffers_of(orphans)).tolist() == [False] * 3
+
+
+def test_put_each_into_a_store_that_is_leased_out_tells_what_was_there_before(store: Store) -> None:
+    held = alone(chain(1, SLOTS))
+    put(store, held)
+    assert store.flush(WAIT_S)
+    with store.acquire(held):
+        mixed = BlockHashes.of(np.concatenate([chain(2, 1).array, held.array[3:5]]))
+        assert store.put_each(mixed, buffers_of(mixed)).tolist() == [False, True, True]
+
+
+def test_no_hashes_are_no_blocks_by_themselves_either(store: Store) -> None:
+    none = alone(chain(1, 0))
+    blocks = ContiguousBlocks(np.zeros((1, BLOCK_BYTES), np.uint8))
+    assert len(store.contains(none)) == 0
+    assert len(store.load_each(none, blocks, [])) == 0
+    assert len(store.put_each(none, blocks, [])) == 0
+
+
+def test_one_load_each_brings_all_that_is_there_also_more_than_dram_holds(
+    store: Store, kind: str
+) -> None:
+    hashes = alone(chain(1, 30))
+    for begin in range(0, 30, 10):
+        part = hashes[begin : begin + 10]
+        assert store.put_each(part, buffers_of(part)).all()
+        assert store.flush(WAIT_S)
+    there = store.contains(hashes)
+    assert np.count_nonzero(there) == (30 if "ssd" in kind else SLOTS)
+    assert load_each(store, hashes) == there.tolist()
+
+
+def test_a_block_that_is_not_there_counts_as_missed_by_load_each_too(store: Store) -> None:
+    hashes = alone(chain(1, 6))
+    put(store, hashes[:2])
+    put(store, hashes[5:])
+    load_each(store, hashes)
+    load_each(store, alone(chain(2, 4)))
+    stats = store.stats()
+    assert stats["kvstore_queried_blocks_total"] == 10
+    assert stats["kvstore_hit_cpu_blocks_total"] == 3
+    assert stats["kvstore_missed_blocks_total"] == 7
+
+
 # --- a full store
 
 
@@ -840,6 +931,9 @@ def test_every_use_after_close_is_an_error(store: Store) -> None:
         lambda: store.put(hashes, blocks),
         lambda: store.put(hashes, blocks, ack="ssd"),
         lambda: store.put(hashes, blocks, background=True),
+        lambda: store.contains(hashes),
+        lambda: store.load_each(hashes, blocks),
+        lambda: store.put_each(hashes, blocks),
         lambda: store.prefetch(hashes),
         lambda: store.reserve(hashes),
         lambda: store.pin(hashes),

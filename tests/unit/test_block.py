@@ -61,6 +61,14 @@ def test_latent_block_with_heads_is_refused() -> None:
         dataclasses.replace(SPEC, kind="latent")
 
 
+def test_blocks_of_bytes_have_just_these_bytes() -> None:
+    spec = BlockSpec.of_bytes(12_345)
+    assert (spec.block_bytes, spec.layer_bytes, spec.num_layers) == (12_345, 12_345, 1)
+    for wrong in (0, -1, 1.5, True, "9"):
+        with pytest.raises(ConfigError, match=r"^num_bytes:"):
+            BlockSpec.of_bytes(wrong)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -102,6 +110,8 @@ VARIANTS: list[dict[str, Any]] = [
     {"salt": b"tenant"},
     {"salt": b"tenant2"},
     {"hash_algorithm": "vllm_sha256"},
+    {"hash_algorithm": "sglang_sha256"},
+    {"hash_algorithm": "external"},
 ]
 
 
