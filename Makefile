@@ -82,7 +82,7 @@ TSAN_FLAGS := -std=c++20 -O1 -g -UNDEBUG -fsanitize=thread -Icsrc -pthread
 objects = mkdir -p $(1) && printf '%s\n' csrc/core/*.cc csrc/copy/*.cc csrc/net/*.cc | xargs -P "$$(nproc)" -I{} sh -c '$(2) -c {} -o $(1)/$$(basename {} .cc).o'
 sanitize: $(BUILT)
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
-	cp -r kvstore adapters csrc tests bench deploy docs setup.py pyproject.toml README.md LICENSE $(SANITIZED)
+	cp -r kvstore adapters csrc tests bench deploy docs examples setup.py pyproject.toml README.md LICENSE $(SANITIZED)
 	rm -f $(SANITIZED)/kvstore/*.so
 	cd $(SANITIZED) && KVSTORE_SANITIZE=address,undefined $(abspath $(BIN))/python setup.py -q build_ext --inplace
 	cd $(SANITIZED) && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \

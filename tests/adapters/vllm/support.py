@@ -13,9 +13,8 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,13 +85,16 @@ def full_blocks(sets: Sequence[Sequence[int]], block_tokens: int = BLOCK_TOKENS)
 
 
 def transfer_config(address: str, role: str = "kv_both", **extra: Any) -> dict[str, Any]:
-    """vLLM's kv_transfer_config for our connector."""
+    """vLLM's kv_transfer_config for our connector, `extra` being its own settings.
+
+    Only prompts are saved, so that a test can count what there must be.
+    """
     return {
         "kv_connector": "KVStoreConnector",
         "kv_connector_module_path": CONNECTOR,
         "kv_role": role,
         "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {"address": address, **extra},
+        "kv_connector_extra_config": {"address": address, "save_decode": False, **extra},
     }
 
 
@@ -109,6 +111,11 @@ def tokens_of(completions: Sequence[Completion]) -> list[tuple[int, ...]]:
     return [completion.tokens for completion in completions]
 
 
+def environment_of_engines(more: Mapping[str, str]) -> dict[str, str]:
+    path = os.pathsep.join([str(ROOT), str(ROOT / "adapters")])
+    return {**os.environ, **_ENVIRONMENT, "PYTHONPATH": path, **more}
+
+
 class Child:
     """A process group of ours with its output in a file."""
 
@@ -121,7 +128,7 @@ class Child:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 cwd=ROOT,
-                env={**os.environ, **_ENVIRONMENT, **environment, "PYTHONPATH": _python_path()},
+                env=environment_of_engines(environment),
                 start_new_session=True,
                 text=True,
             )
@@ -146,10 +153,6 @@ class Child:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _python_path() -> str:
-    return os.pathsep.join([str(ROOT), str(ROOT / "adapters")])
 
 
 class EngineProcess(Child):
@@ -278,7 +281,7 @@ class ServerProcess(Child):
         super().__init__([sys.executable, "-m", server, *arguments, *flags], log, {})
 
     def ready(self) -> ServerProcess:
-        wait_until(lambda: self._is_healthy() or self._ended(), START_SECONDS)
+        wait_until(lambda: is_healthy(self.address) or self._ended(), START_SECONDS)
         assert not self._ended(), self.printed()[-6000:]
         return self
 
@@ -300,21 +303,31 @@ class ServerProcess(Child):
         self.process.terminate()
         super().close()
 
-    def _is_healthy(self) -> bool:
-        try:
-            _get(f"{self.address}/health")
-        except (OSError, urllib.error.URLError):
-            return False
-        return True
-
     def _ended(self) -> bool:
         return self.process.poll() is not None
+
+
+def is_healthy(address: str) -> bool:
+    try:
+        _get(f"{address}/health")
+    except OSError:
+        return False
+    return True
 
 
 def complete(
     address: str, prompt: Sequence[int], max_tokens: int = 16, **options: Any
 ) -> dict[str, Any]:
     """Ask an OpenAI server or a proxy for a greedy completion of token ids."""
+    request = completion_request(address, prompt, max_tokens, **options)
+    with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as response:
+        found: dict[str, Any] = json.load(response)
+    return found
+
+
+def completion_request(
+    address: str, prompt: Sequence[int], max_tokens: int, **options: Any
+) -> urllib.request.Request:
     body = {
         "model": "tiny",
         "prompt": list(prompt),
@@ -324,14 +337,11 @@ def complete(
         "return_token_ids": True,
         **options,
     }
-    request = urllib.request.Request(
+    return urllib.request.Request(
         f"{address}/v1/completions",
         json.dumps(body).encode(),
         {"Content-Type": "application/json"},
     )
-    with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as response:
-        found: dict[str, Any] = json.load(response)
-    return found
 
 
 def completed_tokens(answer: dict[str, Any]) -> tuple[int, ...]:

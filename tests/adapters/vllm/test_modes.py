@@ -25,7 +25,7 @@ def mode(name: str, *marks: Any, connector: dict[str, Any] | None = None, **argu
 @pytest.mark.parametrize(
     ("connector", "arguments"),
     [
-        mode("synchronous loads", connector={"load_async": False}),
+        mode("synchronous loads", connector={"load": "sync", "save_decode": True}),
         mode("chunked prefill", max_num_batched_tokens=128),
         mode("without vLLM's prefix cache", slow, enable_prefix_caching=False),
         mode("hashes over CBOR", slow, prefix_caching_hash_algo="sha256_cbor"),
