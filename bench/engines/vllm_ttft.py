@@ -3,9 +3,9 @@
     .venv-vllm/bin/python bench/engines/vllm_ttft.py [--json | --markdown] [--quick] [--prompts N]
 
 Prompts of 3,000 tokens, a Llama of 100 million random weights, one request at a time. Each subject
-is an engine in a process of its own. It computes a prompt, forgets vLLM's own prefix cache,
-and gets the prompt again: through its connector, and then from vLLM's own cache, which is the limit. An
-engine without connector says what computing costs. Figures are medians, and tokens are compared.
+is an engine in a process of its own. It computes a prompt, forgets vLLM's own prefix cache, and
+gets it again: through its connector, then from vLLM's own cache, which is the limit. An engine without
+connector says what computing costs. Figures are medians, and tokens are compared.
 """
 
 from __future__ import annotations
