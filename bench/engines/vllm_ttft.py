@@ -4,8 +4,9 @@
 
 Prompts of 3,000 tokens, a Llama of 100 million random weights, one request at a time. Each subject
 is an engine in a process of its own. It computes a prompt, forgets vLLM's own prefix cache, and
-gets it again: through its connector, then from vLLM's own cache, which is the limit. An engine without
-connector says what computing costs. Figures are medians, and tokens are compared.
+then gets it again: through its connector, and from vLLM's own cache, which is the limit. What
+computing costs is asked of an engine without connector. Figures are medians, and tokens are
+compared.
 """
 
 from __future__ import annotations
