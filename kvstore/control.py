@@ -41,6 +41,15 @@ class Granted:
     address: int  # where it begins
 
 
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What whoever decides asks of those who copy."""
+
+    verify_always: bool  # check every block that is read
+    threads: int  # that may copy one batch
+    lease_seconds: float  # of a lease of which nothing else was said
+
+
 class SlotWriters(Protocol):
     """Counts those who write into a reservation's slots, which may cease to be ours meanwhile."""
 
@@ -73,6 +82,11 @@ class Control(Protocol):
 
     @property
     def namespace(self) -> Namespace: ...
+    @property
+    def terms(self) -> Terms:
+        """May change while nothing is granted; ask again after a grant."""
+        ...
+
     @property
     def piece_blocks(self) -> int | None:
         """The most blocks that one acquire or reserve can take; None: any number."""

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from kvstore import _native
 from kvstore.block import BlockHashes
 from kvstore.buffers import as_block_ids
-from kvstore.control import Control, Granted
+from kvstore.control import Control, Granted, Terms
 from kvstore.errors import ConfigError, StoreClosedError
 from kvstore.layout import BlockBuffers
 
@@ -38,15 +38,15 @@ class Lease:
     )
 
     def __init__(
-        self, control: Control, hashes: BlockHashes, granted: Granted, verify: bool, threads: int
+        self, control: Control, hashes: BlockHashes, granted: Granted, terms: Terms
     ) -> None:
         self._control = control
         self._hashes = hashes
         self._granted = granted
-        self._verify = verify
-        self._threads = threads
+        self._verify = terms.verify_always
+        self._threads = terms.threads
         self._released = granted.lease == 0
-        self._checked = np.zeros(len(granted.offsets), bool) if verify else _UNCHECKED
+        self._checked = np.zeros(len(granted.offsets), bool) if self._verify else _UNCHECKED
 
     @property
     def num_blocks(self) -> int:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from kvstore.block import BlockSpec, Namespace
 from kvstore.config import StoreConfig, load_config
-from kvstore.control import Control
 from kvstore.errors import ConfigError
 from kvstore.store import Store
 
@@ -52,17 +51,7 @@ def open_store(
     except BaseException:
         tiers.close()
         raise
-    return store_of(control, chosen)
-
-
-def store_of(control: Control, config: StoreConfig) -> Store:
-    """Return the store of a control in this process."""
-    return Store(
-        control,
-        verify_always=config.verify == "always",
-        threads=config.threads,
-        lease_seconds=config.lease_seconds,
-    )
+    return Store(control)
 
 
 def connect(
@@ -73,11 +62,14 @@ def connect(
     timeout: float = 1.0,
     token: str | Path | None = None,
     tenant: str = "",
+    required: bool = True,
 ) -> Store:
     """Connect to the store that a daemon keeps, or that another process shares.
 
     Errors are for now, when somebody reads them: once connected, a daemon that dies or hangs means
-    misses and refused puts until it is back, not exceptions in an engine's step.
+    misses and refused puts until it is back, not exceptions in an engine's step. With
+    `required=False` so does one that does not answer now. If what answers one day refuses us, that
+    is logged, and goes on to mean misses.
 
     Args:
         address: "unix:/path/to.sock", or "tcp:host:port".
@@ -86,9 +78,11 @@ def connect(
             it to wait for.
         token: the tenant's secret, or the `Path` of a file with mode 0600 that holds it.
         tenant: whose blocks these are, where the daemon knows tenants.
+        required: whether the daemon must be there now.
 
     Raises:
-        PeerUnavailableError, DeadlineExceededError: nobody listens or answers there.
+        PeerUnavailableError, DeadlineExceededError: nobody listens or answers there, and that is
+            required.
         IncompatibleError: whoever does speaks another protocol or version, or does not know our
             secret.
         ConfigError: an argument is wrong, blocks of this size do not fit the daemon's arena, or the
@@ -99,15 +93,9 @@ def connect(
     if not 0 < timeout < float("inf"):
         raise ConfigError(f"timeout: {timeout} is no number of seconds above 0")
     name = Namespace.of(namespace, spec)
-    control = RemoteControl(Target.of(address, name, tenant, token), timeout)
-    welcome = control.welcome
-    return Store(
-        control,
-        verify_always=welcome.verify_always,
-        threads=welcome.threads,
-        lease_seconds=welcome.lease_seconds,
-        call_seconds=timeout,
-    )
+    target = Target.of(address, name, tenant, token)
+    control = RemoteControl(target, timeout, required=required)
+    return Store(control, call_seconds=timeout)
 
 
 def share(store: Store, address: str) -> Server:

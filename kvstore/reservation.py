@@ -91,14 +91,12 @@ class Reservation:
         "wanted",
     )
 
-    def __init__(
-        self, control: Control, hashes: BlockHashes, writers: Writers, threads: int
-    ) -> None:
+    def __init__(self, control: Control, hashes: BlockHashes, writers: Writers) -> None:
         self._control = control
         self._hashes = hashes
         self._writers = writers
-        self._threads = threads
         self._reserved = control.reserve(hashes)  # its number is 0: nothing to write
+        self._threads = control.terms.threads
         self._ended = False
         self._written: list[tuple[int, int]] = []  # payload bytes [begin, end) of every block
         self.wanted: npt.NDArray[np.bool_] = self._reserved.statuses == RESERVED

@@ -86,9 +86,6 @@ class Store:
         self,
         control: Control,
         *,
-        verify_always: bool,
-        threads: int,
-        lease_seconds: float,
         timeout: float = 10.0,
         call_seconds: float = float("inf"),
     ) -> None:
@@ -96,9 +93,6 @@ class Store:
         besides."""
         self._control = control
         self._block_bytes = control.namespace.spec.block_bytes
-        self._verify = verify_always
-        self.threads = threads
-        self._lease_seconds = lease_seconds
         self._timeout = timeout
         self._call_seconds = call_seconds
         self._pool: ThreadPoolExecutor | None = None
@@ -177,10 +171,10 @@ class Store:
         control = self.control
         granted = control.acquire(
             chain,
-            self._lease_seconds if ttl is None else ttl,
+            control.terms.lease_seconds if ttl is None else ttl,
             self._timeout if timeout is None else timeout,
         )
-        return Lease(control, chain, granted, self._verify, self.threads)
+        return Lease(control, chain, granted, control.terms)
 
     def load(
         self,
@@ -222,7 +216,10 @@ class Store:
     ) -> TransferResult:
         control = self.control
         if self._fast_load is not None:
-            loaded, is_all = self._fast_load(chain, buffers.plan, ids, self._verify, self.threads)
+            terms = control.terms
+            loaded, is_all = self._fast_load(
+                chain, buffers.plan, ids, terms.verify_always, terms.threads
+            )
             if is_all:
                 return TransferResult(loaded, num_missed=len(chain) - loaded)
         loaded = self._new_load(control, chain, buffers, ids, timeout).leading()
@@ -321,8 +318,8 @@ class Store:
         control = self.control
         with self._writers:
             if self._fast_put is not None and ack == "memory" and wait <= 0:
-                return Transfer(self._fast_put(chain, buffers.plan, ids, self.threads))
-            put = Put(control, chain, buffers, ids, ack, self.threads)
+                return Transfer(self._fast_put(chain, buffers.plan, ids, control.terms.threads))
+            put = Put(control, chain, buffers, ids, ack, control.terms.threads)
             return put.run(wait, lambda: self._closing)
 
     def put_each(self, hashes: Hashes, buffers: BlockBuffers, block_ids: object = None) -> Flags:
@@ -335,7 +332,7 @@ class Store:
 
     def reserve(self, hashes: Hashes) -> Reservation:
         """Reserve slots to be written in place: the two-phase form of `put`."""
-        return Reservation(self.control, BlockHashes.of(hashes), self._writers, self.threads)
+        return Reservation(self.control, BlockHashes.of(hashes), self._writers)
 
     # --- keeping and removing
 

@@ -42,15 +42,15 @@ class Breaker:
     def is_open(self) -> bool:
         return self._retry_at is not None
 
-    def failed(self) -> None:
-        """A call, or the attempt under way, failed."""
+    def failed(self, pause_seconds: float = 0.0) -> None:
+        """A call, or the attempt under way, failed; `pause_seconds` is the least to wait now."""
         now = self._clock()
         if self.is_open and not self._attempting:
             return  # a call that was under way when the first failed: nothing new
         if not self.is_open and now - self._closed_at >= self._longest:
             self._pause = 0.0
         self._attempting = False
-        self._retry_at = now + self._pause
+        self._retry_at = now + max(self._pause, pause_seconds)
         self._pause = min(max(2 * self._pause, self._first), self._longest)
 
     def wait_seconds(self) -> float:

@@ -26,10 +26,9 @@ _NONE = np.zeros(0, np.uint64)
 class Copies:
     """The landing of one client, and what lies in it. Thread-safe."""
 
-    def __init__(self, block_bytes: int, num_bytes: int, threads: int) -> None:
+    def __init__(self, block_bytes: int, num_bytes: int) -> None:
         self._landing = Landing(block_bytes, num_bytes)
         self._block_bytes = block_bytes
-        self._threads = threads
 
     @property
     def piece_blocks(self) -> int:
@@ -72,7 +71,7 @@ class Copies:
                 addresses = landing.offsets(places) + np.uint64(landing.address)
                 left = max(0.0, deadline - time.monotonic() - session.timeout)
                 session.ask(Connection.read, left, lease, 0, addresses, self._block_bytes)
-                num_good = self._num_whole(addresses, checksums)
+                num_good = self._num_whole(addresses, checksums, session.terms.threads)
         finally:
             landing.give(places[num_good:])
             if num_good == 0 and not session.is_lost:
@@ -161,9 +160,9 @@ class Copies:
         if places is not None:
             self._landing.give(places)
 
-    def _num_whole(self, addresses: Offsets, checksums: Offsets) -> int:
+    def _num_whole(self, addresses: Offsets, checksums: Offsets, threads: int) -> int:
         """Return how many leading blocks have the checksum that was granted."""
         sums: npt.NDArray[np.uint64] = np.empty(len(addresses), np.uint64)
-        _native.checksum_blocks(addresses, self._block_bytes, sums, self._threads)
+        _native.checksum_blocks(addresses, self._block_bytes, sums, threads)
         damaged = np.flatnonzero(sums != checksums[: len(sums)])
         return int(damaged[0]) if len(damaged) else len(sums)

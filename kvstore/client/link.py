@@ -5,13 +5,14 @@ background thread tries to connect again, by the word of a `Breaker`, and settle
 closes their anchors once nobody writes into their slots, and then tells a daemon that was started
 anew (which kept those slots apart) so.
 
-A connection that is refused for good (another version, another secret) is tried for on and on too:
-whoever runs the daemon may put it right.
+A connection that is refused for good (another version, another secret) is tried for on and on too,
+but more seldom: whoever runs the daemon may put it right. Each reason is logged once.
 """
 
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import threading
 import time
@@ -23,9 +24,18 @@ from kvstore.client.breaker import Breaker
 from kvstore.client.handshake import Target
 from kvstore.client.mapping import ArenaMap
 from kvstore.client.session import Session
-from kvstore.errors import KVStoreError, PeerUnavailableError, StoreClosedError
+from kvstore.errors import (
+    DeadlineExceededError,
+    KVStoreError,
+    PeerUnavailableError,
+    StoreClosedError,
+)
 from kvstore.forks import PerProcess
 
+AWAY = (PeerUnavailableError, DeadlineExceededError)
+
+_log = logging.getLogger(__name__)
+_REFUSED_SECONDS = 1.0  # between attempts where somebody answers, and refuses us
 _SETTLE_SECONDS = 0.25  # the background thread sees this often whether the link was closed
 _UNSETTLED_MAX = 64  # sessions that no daemon has been told of; of older ones it learns by our end
 
@@ -109,7 +119,8 @@ class Link:
         self._unsettled: list[Session] = []
         self._thread: threading.Thread | None = None
         self._why = ""  # the daemon is away: of an error the words only, it holds on to a session
-        self._last: Session | None = None  # whose arena may be the next one's too
+        self._refusal = ""  # the last that was logged
+        self.last: Session | None = None  # whose arena may be the next one's too
         process.links.add(self)
 
     def connect(self) -> Session:
@@ -123,22 +134,28 @@ class Link:
         )
         with self._lock:
             if not self._closing.is_set() and not session.is_lost:
-                self.session = self._last = session
+                self.session = self.last = session
+                self._refusal = ""
                 # Before anybody can use the session, and find it lost: that opens it again.
                 self._breaker.succeeded()
                 return session
         session.close()
         raise PeerUnavailableError(f"{self._target.address}: lost at once")
 
+    def connect_if_there(self) -> None:
+        """As `connect`, but where nobody answers, go on trying in the background."""
+        try:
+            self.connect()
+        except AWAY as error:
+            _log.warning("%s; without it, all is a miss until it answers", error)
+            self._try_later(error)
+
     def connect_or_retry(self) -> None:
-        """As `connect`, but goes on trying in the background."""
+        """As `connect`, but go on trying in the background, whatever the reason."""
         try:
             self.connect()
         except (KVStoreError, ValueError, LookupError, TypeError) as error:
-            with self._lock:
-                self._why = str(error)
-                self._breaker.failed()
-                self._start()
+            self._try_later(error)
 
     def current(self) -> Session:
         """Return the session.
@@ -177,7 +194,13 @@ class Link:
                 session.abandon()
 
     def _known_arena(self) -> ArenaMap | None:
-        return None if self._last is None else self._last.arena
+        return None if self.last is None else self.last.arena
+
+    def _try_later(self, error: Exception) -> None:
+        with self._lock:
+            self._why = str(error)
+            self._breaker.failed()
+            self._start()
 
     def _lost(self, session: Session, error: KVStoreError) -> None:
         with self._lock:
@@ -222,9 +245,16 @@ class Link:
         try:
             self.connect()
         except Exception as error:  # noqa: BLE001  whatever it is, it shall not end the trying
+            why = str(error)
+            is_refused = not isinstance(error, AWAY)
             with self._lock:
-                self._why = str(error)
-                self._breaker.failed()
+                self._why = why
+                self._breaker.failed(_REFUSED_SECONDS if is_refused else 0.0)
+                is_new = is_refused and why != self._refusal and not self._closing.is_set()
+                if is_new:
+                    self._refusal = why
+            if is_new:
+                _log.warning("%s: refused: %s", self._target.address, why)
             return
         self._outages.add_reconnect()
 

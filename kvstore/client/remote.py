@@ -18,19 +18,14 @@ from kvstore.block import BlockHashes, Namespace
 from kvstore.client.copies import ACK_SECONDS, Copies
 from kvstore.client.handshake import Target
 from kvstore.client.landing import LANDING_BYTES
-from kvstore.client.link import Link, Outages, process
+from kvstore.client.link import AWAY, Link, Outages, process
 from kvstore.client.session import Session
-from kvstore.control import ACK_LEVELS, UNAVAILABLE, Ack, Granted, Offsets, Reserved
-from kvstore.errors import (
-    DeadlineExceededError,
-    KVStoreError,
-    PeerUnavailableError,
-    StoreClosedError,
-)
+from kvstore.control import ACK_LEVELS, UNAVAILABLE, Ack, Granted, Offsets, Reserved, Terms
+from kvstore.errors import KVStoreError, PeerUnavailableError, StoreClosedError
 from kvstore.events import Event, decode_events
 from kvstore.transfer import TransferResult
 
-_AWAY = (PeerUnavailableError, DeadlineExceededError)
+_UNKNOWN = Terms(verify_always=False, threads=1, lease_seconds=60.0)  # until a daemon answers
 _IS_PREFETCH, _IS_PIN = 1, 1  # flags of LOOKUP, of ACQUIRE
 _PREFETCH_SECONDS = 60.0
 _RELEASE = int(wire.Op.RELEASE)
@@ -52,19 +47,29 @@ class RemoteControl:
     connects for itself.
 
     Raises:
-        PeerUnavailableError, DeadlineExceededError: nobody answers.
+        PeerUnavailableError, DeadlineExceededError: nobody answers, and somebody is `required` to.
         IncompatibleError: whoever does is no daemon, or of another version.
         ConfigError: it refused the namespace, the tenant or the secret.
     """
 
-    def __init__(self, target: Target, timeout: float, landing_bytes: int = LANDING_BYTES) -> None:
+    def __init__(
+        self,
+        target: Target,
+        timeout: float,
+        landing_bytes: int = LANDING_BYTES,
+        *,
+        required: bool = True,
+    ) -> None:
         self._target = target
         self._timeout = timeout
         self._landing_bytes = landing_bytes
         self._outages = Outages()
         self._link = Link(target, timeout, self._outages)
         try:
-            self._welcome = self._link.connect().welcome
+            if required:
+                self._link.connect()
+            else:
+                self._link.connect_if_there()
         except BaseException:
             self._link.close()
             raise
@@ -74,18 +79,20 @@ class RemoteControl:
         self._own = {self._link.pid: (self._link, self._pool, self._copies)}
 
     @property
-    def welcome(self) -> wire.Welcome:
-        """What the daemon said first."""
-        return self._welcome
-
-    @property
     def namespace(self) -> Namespace:
         return self._target.namespace
 
     @property
     def piece_blocks(self) -> int | None:
-        is_in_place = self._welcome.may_map and self._welcome.may_map_writable
+        last = self._link.last
+        is_in_place = last is not None and last.welcome.may_map and last.welcome.may_map_writable
         return None if is_in_place else self._copies.piece_blocks
+
+    @property
+    def terms(self) -> Terms:
+        """Of the daemon that answered last."""
+        last = self._link.last
+        return _UNKNOWN if last is None else last.terms
 
     def require_open(self) -> None:
         self._link.require_open()
@@ -271,7 +278,7 @@ class RemoteControl:
         except KVStoreError as error:
             self._copies.forget(reservation)
             self._missed(error)
-            if isinstance(error, _AWAY):
+            if isinstance(error, AWAY):
                 raise
             raise PeerUnavailableError(f"not stored: {error}") from error
         return ACK_LEVELS[reached]
@@ -311,7 +318,7 @@ class RemoteControl:
         """The daemon's metrics and our own; while it is away, our own."""
         try:
             values = dict(self._call(wire.Stats()))
-        except _AWAY:
+        except AWAY:
             values = {}
         for name, value in self._outages.snapshot().items():
             values[name] = values.get(name, 0) + value
@@ -357,12 +364,12 @@ class RemoteControl:
 
     def _make_copies(self) -> Copies:
         size = self.namespace.spec.block_bytes
-        return Copies(size, self._landing_bytes, self._welcome.threads)
+        return Copies(size, self._landing_bytes)
 
     def _call(self, request: wire.Call, wait: float = 0.0) -> Any:
         try:
             body = self._session().ask(Connection.call, wait, wire.Op.CALL, wire.encode(request))
-        except _AWAY as error:
+        except AWAY as error:
             self._outages.add_call(error)
             raise
         return wire.decode_value(body)

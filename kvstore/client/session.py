@@ -27,7 +27,7 @@ from kvstore._native import Connection, ProtocolError, RemoteError
 from kvstore.block import BlockHashes
 from kvstore.client.handshake import Target, dial, error_of, unreachable
 from kvstore.client.mapping import ArenaMap, Bytes
-from kvstore.control import ORPHAN, Offsets
+from kvstore.control import ORPHAN, Offsets, Terms
 from kvstore.errors import (
     DeadlineExceededError,
     IncompatibleError,
@@ -111,6 +111,7 @@ class Session:
         self._open = {self._anchor}
         try:
             welcome = self.welcome
+            self.terms = Terms(welcome.verify_always, welcome.threads, welcome.lease_seconds)
             if known_arena is not None and known_arena.arena_id == welcome.arena_id:
                 self.arena = known_arena
             else:

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from kvstore import _native
 from kvstore.block import BlockHashes, Namespace
 from kvstore.config import StoreConfig
-from kvstore.control import NO_SPACE, Ack, Granted, Offsets, Reserved
+from kvstore.control import NO_SPACE, Ack, Granted, Offsets, Reserved, Terms
 from kvstore.errors import ConfigError, OutOfSpaceError, StoreClosedError
 from kvstore.events import Event, decode_events, last_sequence
 from kvstore.metrics import Counters
@@ -306,6 +306,8 @@ class LocalControl:
         self._block_bytes = namespace.spec.block_bytes
         self._arena_address = tiers.arena.ctypes.data
         self._block_tokens = namespace.spec.block_tokens
+        config = tiers.config
+        self.terms = Terms(config.verify == "always", config.threads, config.lease_seconds)
 
     @property
     def namespace(self) -> Namespace:

@@ -28,7 +28,7 @@ from kvstore.client.handshake import Target, dial
 from kvstore.client.link import Link, Outages
 from kvstore.client.session import Session
 from kvstore.client.session import Writers as SlotWriters
-from kvstore.control import Granted
+from kvstore.control import Granted, Terms
 from kvstore.errors import IncompatibleError, PeerUnavailableError
 from kvstore.reservation import Writers
 from tests.daemon.daemon_support import wait_until
@@ -107,6 +107,7 @@ class _Slow:
 
     namespace = NAMESPACE
     piece_blocks = 1
+    terms = Terms(verify_always=False, threads=1, lease_seconds=1.0)
 
     def __init__(self, clock: list[float], seconds: float) -> None:
         self._clock = clock
@@ -135,16 +136,14 @@ def test_a_load_of_many_pieces_ends_with_its_deadline(monkeypatch: pytest.Monkey
     clock = [100.0]
     monkeypatch.setattr("kvstore.store.time.monotonic", lambda: clock[0])
     control: Any = _Slow(clock, 0.4)
-    store = kvstore.Store(
-        control, verify_always=False, threads=1, lease_seconds=1.0, call_seconds=1.0
-    )
+    store = kvstore.Store(control, call_seconds=1.0)
     hashes = chain(1, 100)
     loaded = store.load(hashes, buffers_of(hashes), timeout=2.0).wait().num_blocks
     assert clock[0] - 100.0 <= 2.0 + 0.5  # the piece under way when it came
     assert loaded == control.num_asked >= 5
 
     fast: Any = _Slow(clock, 0.0)
-    store = kvstore.Store(fast, verify_always=False, threads=1, lease_seconds=1.0, call_seconds=1.0)
+    store = kvstore.Store(fast, call_seconds=1.0)
     assert store.load(hashes, buffers_of(hashes), timeout=0.0).wait().num_blocks == 100
 
 

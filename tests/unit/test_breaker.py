@@ -107,3 +107,14 @@ def test_pauses_of_a_long_outage() -> None:
         breaker.failed()
         pauses[-1] = round(breaker.wait_seconds(), 3)
     assert pauses == [0.05, 0.1, 0.2, 0.25, 0.25, 0.25, 0.25, 0.25]
+
+
+def test_a_refusal_is_waited_for_longer_and_the_next_failure_is_not() -> None:
+    now = 0.0
+    breaker = Breaker(lambda: now)
+    breaker.failed(1.0)
+    assert breaker.wait_seconds() == 1.0
+    now += 1.0
+    assert breaker.attempt()
+    breaker.failed()
+    assert round(breaker.wait_seconds(), 9) == 0.05

@@ -26,7 +26,6 @@ from kvstore import (
     StoreClosedError,
     StoreConfig,
 )
-from kvstore.opening import store_of
 from kvstore.records import NOT_ON_SSD, RECORD, records_from
 from kvstore.tiers.local import LocalControl, Tiers
 from tests.store_support import (
@@ -303,8 +302,7 @@ def test_namespaces_share_an_arena_and_never_a_block(tmp_path: Path) -> None:
     hashes = chain(1, 4)
     tiers = Tiers(config, BLOCK_BYTES)
     stores = [
-        store_of(LocalControl(tiers, name, owns_tiers=False), config)
-        for name in (NAMESPACE, small, tenant)
+        Store(LocalControl(tiers, name, owns_tiers=False)) for name in (NAMESPACE, small, tenant)
     ]
     put(stores[0], hashes)
     assert [store.match(hashes) for store in stores] == [4, 0, 0]
@@ -327,7 +325,7 @@ def test_every_client_sees_every_event_of_its_namespace() -> None:
     tenant = Namespace("model", SPEC, salt=b"a tenant's long and random salt")
     tiers = Tiers(config, BLOCK_BYTES)
     first, second, other = (
-        store_of(LocalControl(tiers, name, owns_tiers=False), config)
+        Store(LocalControl(tiers, name, owns_tiers=False))
         for name in (NAMESPACE, NAMESPACE, tenant)
     )
     for store in (first, second, other):
@@ -357,7 +355,7 @@ def test_block_sizes_take_chunks_from_one_another() -> None:
     small = Namespace("small", BlockSpec(1, 1, 64, 16, "float32"))  # 8 KiB
     tiers = Tiers(config, BLOCK_BYTES)
     large_store, small_store = (
-        store_of(LocalControl(tiers, name, owns_tiers=False), config) for name in (NAMESPACE, small)
+        Store(LocalControl(tiers, name, owns_tiers=False)) for name in (NAMESPACE, small)
     )
     for seed in range(20):
         put(large_store, chain(seed, 2))

@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 
 from kvstore import BlockHashes, IncompatibleError, Namespace, Store, StoreConfig, _native
 from kvstore.metrics import Counters
-from kvstore.opening import store_of
 from kvstore.tiers import promotion
 from kvstore.tiers.admission import Origin
 from kvstore.tiers.local import LocalControl, Tiers
@@ -431,7 +430,7 @@ def open_as(path: Path, tenants: list[Tenant], tenant: str) -> Store:
     config = config_at(path)
     tiers = Tiers(config, BLOCK_BYTES, tenants=tenants)
     control = LocalControl(tiers, NAMESPACE, owns_tiers=True, tenant=tiers.tenant(tenant))
-    return store_of(control, config)
+    return Store(control)
 
 
 def test_a_tenant_finds_its_own_blocks_after_reopening(tmp_path: Path) -> None:
@@ -479,8 +478,8 @@ def left_behind(path: Path, tenants: list[Tenant]) -> int:
     ):
         number = tiers.tenant(tenant)
         control = LocalControl(tiers, namespace, owns_tiers=False, tenant=number)
-        assert put(store_of(control, config), chain(i + 1, i + 1)).num_stored == i + 1
-    assert put(store_of(control, config), chain(9, 2), ack="ssd").ack == "ssd"
+        assert put(Store(control), chain(i + 1, i + 1)).num_stored == i + 1
+    assert put(Store(control), chain(9, 2), ack="ssd").ack == "ssd"
     fd = os.dup(tiers.core.arena_fd)
     assert tiers.ssd is not None
     tiers.ssd.close()  # a killed one would give the directory back too
@@ -502,7 +501,7 @@ def test_an_adopted_arena_is_served_and_written_to_ssd(tmp_path: Path) -> None:
     ):  # fmt: skip
         control = LocalControl(tiers, namespace, owns_tiers=False, tenant=tiers.tenant(tenant))
         assert (control.residency(hashes) == 3).all()
-        assert load(store_of(control, tiers.config), hashes) == len(hashes)
+        assert load(Store(control), hashes) == len(hashes)
     assert tiers.stats()["kvstore_cpu_blocks"] == 10  # those of the tenant that is gone are freed
     tiers.close()
     os.close(fd)
@@ -520,14 +519,14 @@ def test_an_arena_is_adopted_again_and_again(tmp_path: Path) -> None:
         )
         for i, tenant in enumerate(["red", "blue", ""]):
             control = LocalControl(tiers, NAMESPACE, owns_tiers=False, tenant=tiers.tenant(tenant))
-            assert load(store_of(control, tiers.config), chain(i + 2, i + 2)) == i + 2
+            assert load(Store(control), chain(i + 2, i + 2)) == i + 2
         third = Namespace(f"turn {turn}", SPEC)
         control = LocalControl(tiers, third, owns_tiers=False)
-        assert put(store_of(control, tiers.config), chain(20 + turn, 1)).num_stored == 1
+        assert put(Store(control), chain(20 + turn, 1)).num_stored == 1
         for before in range(turn):
             name = Namespace(f"turn {before}", SPEC)
             control = LocalControl(tiers, name, owns_tiers=False)
-            assert load(store_of(control, tiers.config), chain(20 + before, 1)) == 1
+            assert load(Store(control), chain(20 + before, 1)) == 1
         assert tiers.ssd is not None
         tiers.ssd.close()
     os.close(fd)
