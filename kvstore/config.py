@@ -320,7 +320,7 @@ def load_daemon_config(
 
 
 def default_address() -> str:
-    """Return where a daemon of this user listens, and is looked for, unless somebody says otherwise.
+    """Return where a daemon of this user listens unless it is told otherwise.
 
     Raises:
         ConfigError: a `KVSTORE_*` variable is wrong.

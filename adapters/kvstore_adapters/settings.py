@@ -63,10 +63,10 @@ class AdapterSettings:
         """
         given = dict(values or {})
         known = [declared.name for declared in fields(cls)]
-        for name in given:
+        for name, value in given.items():
             if name not in known:
                 raise ConfigError(
-                    f"{name}: no such setting (value {given[name]!r}); there are {', '.join(known)}"
+                    f"{name}: no such setting (value {value!r}); there are {', '.join(known)}"
                 )
         return cls(**given)
 
