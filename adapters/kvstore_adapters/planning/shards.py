@@ -104,6 +104,7 @@ class Shards:
             timeout=settings.timeout,
             token=Path(settings.token_file) if settings.token_file else None,
             tenant=settings.tenant,
+            required=False,
         )
         with self._lock:
             kept = made if self._is_closed else self._stores.setdefault(key, made)

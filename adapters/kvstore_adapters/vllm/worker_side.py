@@ -120,7 +120,9 @@ class WorkerSide:
         self._shards.close(timeout)
 
 
-def _check_sizes(namespaces: Mapping[tuple[int, int], Namespace], pages: Mapping[int, Any]) -> None:
+def _check_sizes(
+    namespaces: Mapping[tuple[int, int], Namespace], pages: Mapping[int, Pages]
+) -> None:
     for (rank, group_id), namespace in namespaces.items():
         if group_id not in pages:
             raise ConfigError(f"group {group_id}: its layers' KV caches were not registered")
