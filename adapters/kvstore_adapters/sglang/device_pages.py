@@ -1,8 +1,8 @@
 """One of SGLang's device pools as blocks of kvstore: put pages, and load them layer by layer.
 
 A block is the concatenation of a page's pieces: for each layer, for each tensor of that layer (K
-then V, or the latent), the rows of the page. For plain MHA and MLA pools that is kvstore's canonical
-block, so an engine with HiCache and one with a linker share it.
+then V, or the latent), the rows of the page. For plain MHA and MLA pools that is the canonical
+block of kvstore, so an engine with HiCache and one with a linker share it.
 
 Pools in host memory are copied straight. Those on a device go through a staging area in pinned host
 memory, a chunk of pages at a time: gathered or scattered by torch, copied by the store. The tests
@@ -196,7 +196,7 @@ def _buffers_over(pieces: Pieces) -> BlockBuffers:
         )
     shape = (pieces.num_pages, pieces.rows_per_page)
     return PagedBuffers.opaque(
-        [_whole_pages(piece, pieces).unflatten(0, shape) for piece in pieces.all], _LAYOUT
+        [_whole_pages(piece, pieces).view(*shape, -1) for piece in pieces.all], _LAYOUT
     )
 
 
@@ -225,7 +225,7 @@ class _Staging:
             spec = pieces.spec
             shape = (spec.num_layers, spec.num_parts, spec.block_tokens, spec.head_dim)
             axes = ("block", "layer", "part", "token", "dim")
-            shaped = self._rows.unflatten(1, shape)
+            shaped = self._rows.view(num_pages, *shape)
             self.buffers = PagedBuffers.strided([AxisTensor(shaped, axes)], spec)
 
     def chunks(self, ids: PageIds) -> Iterator[tuple[int, PageIds]]:

@@ -15,11 +15,11 @@ What SGLang asks for, in its order, all on the scheduler's thread:
    otherwise.
 3. `start_layer_wise_loading`: from here the forward pass relies on the pages. A thread copies them
    layer by layer, while the layers before are computed. What fails now aborts the request (status
-   503), which is SGLang's rule: a damaged block, or a lease that ended while the batch was held up
-   for longer than `PIN_SECONDS`, twice.
+   503), which is SGLang's rule: a damaged block, or a lease that ended on the way and could not be
+   had again.
 
 With several ranks they must all say the same, so only what is pinned is promised: 1. waits for the
-pin, and 2. says yes. A daemon that dies in between does no harm on this host: the pages stay mapped.
+pin, and 2. says yes. A daemon of this host that dies in between does no harm: pages stay mapped.
 
 Thread safety: SGLang calls from one thread. The threads of ours are one that pins, one that loads,
 and one that stores.
@@ -46,7 +46,7 @@ from kvstore_adapters.sglang.device_pages import DevicePages, Pieces
 from kvstore_adapters.sglang.index import HashIndex
 from kvstore_adapters.sglang.keys import Rank, namespace_of
 from kvstore_adapters.sglang.linker_pools import block_of, is_alone, pool_group, rank_of
-from kvstore_adapters.sglang.linker_workers import LoadJob, Loader, Move, Saver
+from kvstore_adapters.sglang.linker_workers import Loader, LoadJob, Move, Saver
 from kvstore_adapters.sglang.pins import Pin, Pins, Wants
 from kvstore_adapters.sglang.runtime import Complaints, model_of, settings_of
 
@@ -122,6 +122,7 @@ class KVStoreLinker(UnifiedCacheLinker):
                 timeout=settings.timeout,
                 token=Path(settings.token_file) if settings.token_file else None,
                 tenant=settings.tenant,
+                required=False,
             )
             opened[name] = DevicePages(entry, store)
             logger.info(
@@ -139,7 +140,7 @@ class KVStoreLinker(UnifiedCacheLinker):
         try:
             asked = self._group.resolve_transfers(transfers)
             return self._lookup(rid, asked, _keys_of(transfers)) if asked else []
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  nothing of ours may stop the scheduler
             self._complaints.add("lookup", error)
             return []
 
@@ -182,7 +183,7 @@ class KVStoreLinker(UnifiedCacheLinker):
     def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
         try:
             return self._load(rid, transfers)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  nothing of ours may stop the scheduler
             self._complaints.add("load", error)
             return False
 

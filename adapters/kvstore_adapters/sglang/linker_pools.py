@@ -128,7 +128,7 @@ def _plain_entry(pool: Any, page_tokens: int) -> DevicePoolEntry | None:
     )
 
 
-def _plain_types() -> tuple[type, type]:
+def _plain_types() -> tuple[Any, Any]:
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 
     return MHATokenToKVPool, MLATokenToKVPool

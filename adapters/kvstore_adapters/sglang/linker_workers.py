@@ -204,7 +204,7 @@ class Saver:
                 for event in offload.ready:
                     event.synchronize()
                 if offload.moves:
-                    is_stored = all([self._store(move) for move in offload.moves])
+                    is_stored = all(self._store(move) for move in offload.moves)
             except Exception as error:  # noqa: BLE001  the thread goes on; the pages are not stored
                 logger.warning("pages were not stored: %r", error)
             with self._lock:

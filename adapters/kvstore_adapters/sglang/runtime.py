@@ -5,17 +5,12 @@ Everything that reads SGLang's own configuration is here.
 
 from __future__ import annotations
 
-import logging
-import threading
-import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from kvstore_adapters.settings import AdapterSettings
 from kvstore_adapters.sglang.keys import Model
-
-logger = logging.getLogger(__name__)
 
 # SGLang's own keys in the extra config of a `dynamic` backend; it takes others out before we see
 # them.
@@ -34,7 +29,6 @@ _SGLANG_KEYS = frozenset(
         "tp_lcm_size",
     }
 )
-_COMPLAINT_SECONDS = 30.0
 _SAMPLES_MAX = 1024
 
 
@@ -71,24 +65,6 @@ def _server_args() -> Any:
         return get_server_args()
     except ValueError:
         return None  # a backend that is made outside of an engine
-
-
-class Complaints:
-    """Logs failures, each kind at most once in a while: SGLang asks often."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._lock = threading.Lock()
-        self._last: dict[tuple[str, type[BaseException]], float] = {}
-
-    def add(self, pool: str, error: Exception) -> None:
-        key = (pool, type(error))
-        now = self._clock()
-        with self._lock:
-            if now - self._last.get(key, float("-inf")) < _COMPLAINT_SECONDS:
-                return
-            self._last[key] = now
-        logger.error("pool %s: treated as a miss: %r", pool, error, exc_info=error)
 
 
 class TransferMetrics:

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,6 @@ class EngineProcess:
 
     process: subprocess.Popen[str]
     log: Path
-    answers: list[Answer] = field(default_factory=list)
 
     def generate(self, prompt: list[int], num_tokens: int = 8) -> Answer:
         told = self._ask({"do": "generate", "prompt": prompt, "num_tokens": num_tokens})
@@ -115,10 +114,10 @@ def running(
     on its way to the model."""
     log = directory / f"engine-{time.monotonic_ns()}.log"
     chosen = environment(directory, **({"KVSTORE_TEST_ZERO_KV": "1"} if control_run else {}))
+    all_arguments = {**_ENGINE, **arguments}
     with log.open("w") as written:
         process = subprocess.Popen(
-            [sys.executable, "-m", f"{__package__}.engine_process"]
-            + [json.dumps({**_ENGINE, **arguments})],
+            [sys.executable, "-m", f"{__package__}.engine_process", json.dumps(all_arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=written,

@@ -2,8 +2,9 @@
 torch instead of CUDA kernels, and host pools that are not pinned.
 
 SGLang loads it in every one of its processes (entry point group `sglang.srt.plugins`). None of it
-is on the path of our adapters' bytes. With KVSTORE_TEST_ZERO_KV set, whatever comes out of the store
-is replaced by zeros before the forward pass sees it: the control run, whose tokens must differ.
+is on the path of our adapters' bytes. With KVSTORE_TEST_ZERO_KV set, whatever comes out of the
+store is replaced by zeros before the forward pass sees it: the control run, whose tokens must
+differ.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def _load(
         device[device_indices] = 0 if _is_control_run() else host[index]
 
 
-def _zeroed(original: Any, pages: Any, layer: int, *arguments: Any, **named: Any) -> Any:
-    result = original(pages, layer, *arguments, **named)
-    pages.zero_layer(layer)
-    return result
+def _zeroed(original: Any, pages: Any, layer: int, pinned: Any, ids: Any) -> None:
+    original(pages, layer, pinned, ids)
+    for piece in pages.pieces.layers.get(layer, ()):
+        piece[pages.pieces.rows(ids)] = 0
