@@ -12,7 +12,7 @@ with kvstore.open("qwen3-0.6b", spec=spec, cpu="1GiB") as store:
 """
 
 from kvstore.block import BlockHash, BlockHashes, BlockSpec, Namespace
-from kvstore.config import StoreConfig, load_config
+from kvstore.config import StoreConfig, default_address, load_config
 from kvstore.errors import (
     ConfigError,
     CorruptError,
@@ -69,6 +69,7 @@ __all__ = [
     "Transfer",
     "TransferResult",
     "connect",
+    "default_address",
     "hash_blocks",
     "load_config",
     "open",

@@ -317,3 +317,12 @@ def load_daemon_config(
         origin=lambda name: "--" + name.replace("_", "-"),
     )
     return build(DaemonConfig, found), found
+
+
+def default_address() -> str:
+    """Return where a daemon of this user listens unless it is told otherwise.
+
+    Raises:
+        ConfigError: a `KVSTORE_*` variable is wrong.
+    """
+    return load_daemon_config()[0].listen
