@@ -230,7 +230,9 @@ class Pins:
         self._end_some()
 
     def _ask(self, pin: Pin) -> None:
-        self._attempt(lambda: pin.acquire(self._sources, self._lease_seconds, self._acquire_seconds))
+        self._attempt(
+            lambda: pin.acquire(self._sources, self._lease_seconds, self._acquire_seconds)
+        )
         for name, pages in pin.pages.items():
             self._found(name, pages.keys, pages.num_pages)
 
