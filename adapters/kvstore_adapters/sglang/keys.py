@@ -1,10 +1,10 @@
 """What names a page of SGLang in the store: a namespace for all that must match, and its hash.
 
 SGLang names a page by a chained SHA-256 of its tokens; salt and LoRA start the chain, pairs of
-tokens (EAGLE) make other hashes. The hash knows nothing else, so the namespace has the model, dtype,
-page size, layout, and which heads and layers a rank holds. Ranks that hold the same bytes (MLA)
-have one namespace; so have ranks of different sizes of tensor parallelism that cut the heads in the
-same `tp_lcm_size` groups.
+tokens (EAGLE) make other hashes. The hash knows nothing else, so the namespace has the model,
+dtype, page size, layout, and which heads and layers a rank holds. Ranks that hold the same bytes
+(MLA) have one namespace; so have ranks of different sizes of tensor parallelism that cut the heads
+in the same `tp_lcm_size` groups.
 """
 
 from __future__ import annotations

@@ -18,9 +18,12 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
 
 from kvstore import BlockHashes, KVStoreError, Lease, Store
 
@@ -28,6 +31,9 @@ _log = logging.getLogger("kvstore.sglang")
 
 MAX_QUEUED = 64  # requests whose pins are asked for; more are not asked for at all
 MAX_PINS = 256
+
+
+Wants: TypeAlias = Mapping[str, Sequence[str]]  # the pages of each pool
 
 
 class PinSource(Protocol):
@@ -48,6 +54,32 @@ class PinnedPages:
     @property
     def num_pages(self) -> int:
         return sum(len(lease) for lease in self.leases)
+
+    def acquire(self, source: PinSource, ttl: float, timeout: float) -> None:
+        """Pin what of the pages is there. A store behind a socket leases a piece at a time, so ask
+        until nothing more comes."""
+        hashes = source.hashes(self.keys)
+        begin = 0
+        while begin < len(hashes):
+            lease = source.store.acquire(hashes[begin:], ttl=ttl, timeout=timeout)
+            if not len(lease):
+                lease.release()
+                return
+            self.leases.append(lease)
+            begin += len(lease)
+
+    def release(self) -> None:
+        leases, self.leases = self.leases, []
+        for lease in leases:
+            with contextlib.suppress(KVStoreError):
+                lease.release()
+
+    def parts(self, ids: npt.NDArray[np.int64]) -> Iterator[tuple[Lease, npt.NDArray[np.int64]]]:
+        """Each lease with those of `ids` whose leading pages it holds."""
+        for lease in self.leases:
+            if len(ids):
+                yield lease, ids[: len(lease)]
+                ids = ids[len(lease) :]
 
     def are_intact(self, num_pages: int) -> bool:
         """Return whether the leading `num_pages` are pinned, and still those that were."""
@@ -71,43 +103,32 @@ class Pin:
     def is_done(self) -> bool:
         return self._done.is_set()
 
-    @property
-    def num_pages(self) -> int:
-        return sum(pages.num_pages for pages in self.pages.values()) if self.is_done else 0
-
-    def asks_for(self, wants: Mapping[str, Sequence[str]]) -> bool:
-        return {name: pages.keys for name, pages in self.pages.items()} == wants
-
-    def release(self) -> None:
-        """End the leases. REQUIRES: the pin is done."""
-        for pages in self.pages.values():
-            for lease in pages.leases:
-                with contextlib.suppress(KVStoreError):
-                    lease.release()
-
-    def acquire(self, sources: Mapping[str, PinSource], ttl: float, timeout: float) -> None:
-        """Ask the store; leaves the pin done whatever happens."""
-        try:
-            for name, pages in self.pages.items():
-                _acquire(pages, sources[name], ttl, timeout)
-        finally:
-            self._done.set()
+    def finish(self) -> None:
+        """Say that no more leases will come."""
+        self._done.set()
 
     def wait(self, seconds: float) -> bool:
         return self._done.wait(seconds)
 
+    def asks_for(self, wants: Wants) -> bool:
+        """Return whether all of `wants` was asked for, whatever came of it."""
+        return all(
+            name in self.pages and list(self.pages[name].keys[: len(keys)]) == list(keys)
+            for name, keys in wants.items()
+        )
 
-def _acquire(pages: PinnedPages, source: PinSource, ttl: float, timeout: float) -> None:
-    """A store behind a socket leases a piece at a time: ask until nothing more comes."""
-    hashes = source.hashes(pages.keys)
-    begin = 0
-    while begin < len(hashes):
-        lease = source.store.acquire(hashes[begin:], ttl=ttl, timeout=timeout)
-        if not len(lease):
-            lease.release()
-            return
-        pages.leases.append(lease)
-        begin += len(lease)
+    def holds(self, wants: Wants) -> bool:
+        """Return whether all of `wants` is pinned, and was when we looked still intact."""
+        return (
+            self.is_done
+            and self.asks_for(wants)
+            and all(self.pages[name].are_intact(len(keys)) for name, keys in wants.items())
+        )
+
+    def release(self) -> None:
+        """End the leases. REQUIRES: the pin is done."""
+        for pages in self.pages.values():
+            pages.release()
 
 
 class Pins:
@@ -145,14 +166,15 @@ class Pins:
     def __len__(self) -> int:
         return len(self._pins)
 
-    def begin(self, request_id: str, wants: Mapping[str, Sequence[str]]) -> Pin | None:
+    def begin(self, request_id: str, wants: Wants, *, is_known: bool) -> Pin | None:
         """Start to pin pages for a request; None when too many are asked for already.
 
-        The same question again gives the same pin, for as long as its answer is fresh.
+        The same question again gives the same pin, for as long as its answer is fresh. Pages that
+        `is_known` to be there are asked for again when the answer was that they are not.
         """
         with self._lock:
             pin = self._pins.get(request_id)
-            if pin is not None and pin.asks_for(wants) and not self._is_stale(pin):
+            if pin is not None and pin.asks_for(wants) and self._is_fresh(pin, wants, is_known):
                 return pin
             self._drop(request_id)
             pin = Pin({name: PinnedPages(keys) for name, keys in wants.items()})
@@ -191,11 +213,11 @@ class Pins:
             self._asked.put_nowait(None)
         self._thread.join(timeout)
 
-    def _is_stale(self, pin: Pin) -> bool:
+    def _is_fresh(self, pin: Pin, wants: Wants, is_known: bool) -> bool:
         age = time.monotonic() - pin.born
-        if pin.is_done and not pin.num_pages:
-            return age > self._idle_seconds
-        return age > self._lease_seconds / 2
+        if pin.is_done and not pin.holds(wants):
+            return not is_known and age < self._idle_seconds
+        return age < self._lease_seconds / 2
 
     def _sweep(self) -> None:
         """Drop the pins of requests that seem to have gone, and the oldest of too many."""
@@ -226,15 +248,19 @@ class Pins:
         while not self._asked.empty():
             pin = self._asked.get_nowait()
             if pin is not None:
-                pin.acquire({}, 0, 0)
+                pin.finish()
         self._end_some()
 
     def _ask(self, pin: Pin) -> None:
-        self._attempt(
-            lambda: pin.acquire(self._sources, self._lease_seconds, self._acquire_seconds)
-        )
-        for name, pages in pin.pages.items():
-            self._found(name, pages.keys, pages.num_pages)
+        try:
+            for name, pages in pin.pages.items():
+                self._attempt(lambda: self._pin(name, pages))  # noqa: B023  called at once
+        finally:
+            pin.finish()
+
+    def _pin(self, name: str, pages: PinnedPages) -> None:
+        pages.acquire(self._sources[name], self._lease_seconds, self._acquire_seconds)
+        self._found(name, pages.keys, pages.num_pages)
 
     def _end_some(self) -> None:
         """End what can be ended; a pin in the queue before its question was asked has no leases."""

@@ -121,14 +121,19 @@ class _Piece:
         }
 
 
-def pages_of(pool: Any, num_splits: int = 1) -> list[Pages]:
+def pages_of(pool: Any, num_splits: int = 1, *, only_flat: bool = False) -> list[Pages]:
     """Describe a host pool, once for each of `num_splits` equal groups of its heads.
 
-    Only pools with heads are split; others have one element whatever `num_splits`.
+    Only canonical pools with heads are split; others have one element whatever `num_splits`.
+
+    Args:
+        pool: SGLang's host pool.
+        num_splits: how many groups.
+        only_flat: the caller will pass flat pages, so pieces are of no use.
 
     Raises:
-        ConfigError: the pool's slots are not where its own indices say, or its heads cannot be
-            split in that many groups.
+        ConfigError: the pool's pages cannot be stored, or its heads cannot be split in so many
+            groups.
     """
     name = type(pool).__name__
     if getattr(pool, "shared_allocation_domain", None) is not None:
@@ -136,9 +141,11 @@ def pages_of(pool: Any, num_splits: int = 1) -> list[Pages]:
     if getattr(pool, "shard_size", 1) > 1:
         raise kvstore.ConfigError(f"{name}: KV sharded by pages is not supported")
     axes = _known_axes(pool)
-    if axes:
+    if "head" in axes:
         return [_canonical(pool, axes, num_splits, split) for split in range(num_splits)]
-    for pieces in (_meta_pieces, _view_pieces):
+    if axes:
+        return [_canonical(pool, axes, 1, 0)]
+    for pieces in () if only_flat else (_meta_pieces, _view_pieces):
         found = _affine(pool, pieces)
         if found is not None:
             return [_of_pieces(pool, found)]
@@ -147,7 +154,7 @@ def pages_of(pool: Any, num_splits: int = 1) -> list[Pages]:
 
 def is_logical(pool: Any) -> bool:
     """Whether the pool only hands out slots, and others hold what belongs to them."""
-    return pool.size_per_token == 0
+    return bool(pool.size_per_token == 0)
 
 
 def is_sharded(pool: Any) -> bool:
@@ -194,8 +201,6 @@ def _canonical(pool: Any, axes: tuple[str, ...], num_splits: int, split: int) ->
     buffer = _plain(pool.kv_buffer)
     is_kv = "part" in axes
     heads = int(pool.head_num) if is_kv else 1
-    if not is_kv:
-        num_splits, split = 1, 0
     if heads % num_splits:
         raise kvstore.ConfigError(
             f"tp_lcm_size: the {heads} heads of a rank cannot be split in {num_splits} groups"
@@ -291,14 +296,10 @@ def _private_layout(pool: Any, how: str) -> str:
     return f"{name};dtype={pool.dtype};tokens={pool.page_size}"
 
 
-def _bytes_spec(num_bytes: int) -> BlockSpec:
-    return BlockSpec(1, 1, num_bytes, 1, "uint8", "latent")
-
-
 def _of_pieces(pool: Any, pieces: list[_Piece]) -> Pages:
     layout = _private_layout(pool, "pieces")
     buffers = PagedBuffers.opaque(pieces, layout)
-    spec = _bytes_spec(buffers.block_bytes)
+    spec = BlockSpec.of_bytes(buffers.block_bytes)
     return Pages(pool, int(pool.page_size), spec, layout, buffers)
 
 
@@ -309,5 +310,5 @@ def _flat(pool: Any) -> Pages:
         raise kvstore.ConfigError(
             f"{type(pool).__name__}: has no pages to store in layout {pool.layout}: {error}"
         ) from error
-    spec = _bytes_spec(math.prod(page.shape) * page.element_size())
+    spec = BlockSpec.of_bytes(math.prod(page.shape) * page.element_size())
     return Pages(pool, int(pool.page_size), spec, _private_layout(pool, "flat"), None)
