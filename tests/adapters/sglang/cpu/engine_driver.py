@@ -1,21 +1,21 @@
-"""Start real SGLang engines on this CPU, and daemons for them, from a test."""
+"""Start real SGLang engines on this CPU from a test, and say what they should generate."""
 
 from __future__ import annotations
 
 import json
 import os
 import selectors
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvstore_adapters.reference.checkpoint import Checkpoint
 from tests.adapters.sglang.cpu import plugin
 
 ROOT = Path(__file__).parents[4]
@@ -49,11 +49,13 @@ class Answer:
     cached: int
     details: dict[str, Any]
     finish: dict[str, Any] | None
-    seconds: float
 
     @property
-    def num_from_storage(self) -> int:
-        return int((self.details or {}).get("storage", 0))
+    def num_external(self) -> int:
+        """Prompt tokens from beyond the device. SGLang books what a linker loads under `host`, what
+        HiCache's storage loads under `storage`."""
+        details = self.details or {}
+        return int(details.get("storage", 0)) + int(details.get("host", 0))
 
 
 class EngineError(Exception):
@@ -68,17 +70,30 @@ class EngineProcess:
     log: Path
 
     def generate(self, prompt: list[int], num_tokens: int = 8) -> Answer:
-        told = self._ask({"do": "generate", "prompt": prompt, "num_tokens": num_tokens})
-        return Answer(**told)
+        (answer,) = self.generate_all([prompt], num_tokens)
+        return answer
+
+    def generate_all(
+        self,
+        prompts: list[list[int]],
+        num_tokens: int = 8,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> list[Answer]:
+        """Generate for prompts that arrive together; `meanwhile` is called once they are on their
+        way."""
+        self._tell({"do": "generate", "prompts": prompts, "num_tokens": num_tokens})
+        if meanwhile is not None:
+            meanwhile()
+        return [Answer(**told) for told in self._read(ANSWER_S)["answers"]]
 
     def flush(self) -> bool:
         """Empty SGLang's own caches; False when it was not idle."""
-        return bool(self._ask({"do": "flush"})["flushed"])
+        self._tell({"do": "flush"})
+        return bool(self._read(ANSWER_S)["flushed"])
 
-    def _ask(self, order: dict[str, Any]) -> dict[str, Any]:
+    def _tell(self, order: dict[str, Any]) -> None:
         assert self.process.stdin is not None
         print(json.dumps(order), file=self.process.stdin, flush=True)
-        return self._read(ANSWER_S)
 
     def _read(self, seconds: float) -> dict[str, Any]:
         assert self.process.stdout is not None
@@ -93,7 +108,11 @@ class EngineProcess:
         return told
 
 
-def environment(directory: Path, **more: str) -> dict[str, str]:
+def control_file(directory: Path) -> Path:
+    return directory / "control-run"
+
+
+def environment(directory: Path) -> dict[str, str]:
     """What the stubs, the plugin and a small machine need."""
     paths = [STUBS, plugin.install(directory / "plugin"), ROOT, ROOT / "adapters"]
     return {
@@ -102,18 +121,29 @@ def environment(directory: Path, **more: str) -> dict[str, str]:
         "SGLANG_USE_CPU_ENGINE": "1",
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
-        **more,
+        plugin.CONTROL_VARIABLE: str(control_file(directory)),
     }
 
 
+def reference_tokens(model: Checkpoint, prompt: list[int], num_tokens: int) -> list[int]:
+    """What a decoder that shares no code with SGLang generates, greedily and without any cache."""
+    from kvstore_adapters.reference.model import Chunk, Model, new_pool
+
+    num_pages = (len(prompt) + num_tokens) // PAGE_TOKENS + 1
+    decoder = Model(model, new_pool(model.config, num_pages, PAGE_TOKENS))
+    tokens = list(prompt)
+    for begin in [0, *range(len(prompt), len(prompt) + num_tokens - 1)]:
+        chunk = Chunk(tokens[begin:], begin, range(num_pages))
+        tokens.append(int(decoder.forward([chunk])[0].argmax()))
+    return tokens[len(prompt) :]
+
+
 @contextmanager
-def running(
-    directory: Path, arguments: dict[str, Any], control_run: bool = False
-) -> Iterator[EngineProcess]:
-    """An engine with `arguments` over the defaults; with `control_run`, KV of the store is zeroed
-    on its way to the model."""
+def running(directory: Path, **arguments: Any) -> Iterator[EngineProcess]:
+    """An engine with `arguments` over the defaults. While `control_file(directory)` exists, KV that
+    comes from the store is zeroed on its way to the model."""
     log = directory / f"engine-{time.monotonic_ns()}.log"
-    chosen = environment(directory, **({"KVSTORE_TEST_ZERO_KV": "1"} if control_run else {}))
+    chosen = environment(directory)
     all_arguments = {**_ENGINE, **arguments}
     with log.open("w") as written:
         process = subprocess.Popen(
@@ -140,42 +170,3 @@ def running(
             process.wait(60)
         assert process.stdout is not None
         process.stdout.close()
-
-
-@dataclass
-class Daemon:
-    """`kvstore serve` on a socket in `directory`."""
-
-    directory: Path
-    process: subprocess.Popen[str] | None = None
-
-    @property
-    def address(self) -> str:
-        return f"unix:{self.directory}/kvstore.sock"
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "kvstore", "serve", "--listen", self.address]
-        command += ["--http", "", "--cpu", "64MiB", "--scrub", "0", "--hold-seconds", "0"]
-        self.process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'adapters'}"},
-        )
-        assert self.process.stdout is not None
-        assert "serves" in self.process.stdout.readline()
-
-    def signal(self, number: int) -> None:
-        assert self.process is not None
-        self.process.send_signal(number)
-        if number == signal.SIGSTOP:
-            os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WNOWAIT)
-
-    def stop(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.communicate()
-            self.process = None
-        shutil.rmtree(self.directory, ignore_errors=True)

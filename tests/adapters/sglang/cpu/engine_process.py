@@ -9,21 +9,22 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from typing import Any, TextIO
 
 
-def generate(engine: Any, prompt: list[int], num_tokens: int) -> dict[str, Any]:
-    began = time.perf_counter()
+def generate(engine: Any, prompts: list[list[int]], num_tokens: int) -> dict[str, Any]:
     sampling = {"temperature": 0, "max_new_tokens": num_tokens, "ignore_eos": True}
-    (answer,) = engine.generate(input_ids=[prompt], sampling_params=sampling)
+    answers = engine.generate(input_ids=prompts, sampling_params=sampling)
+    return {"answers": [_told(answer) for answer in answers]}
+
+
+def _told(answer: dict[str, Any]) -> dict[str, Any]:
     about = answer["meta_info"]
     return {
         "tokens": answer["output_ids"],
         "cached": about.get("cached_tokens"),
         "details": about.get("cached_tokens_details"),
         "finish": about.get("finish_reason"),
-        "seconds": time.perf_counter() - began,
     }
 
 
@@ -33,7 +34,7 @@ def obey(engine: Any, lines: TextIO, answers: TextIO) -> None:
         answer: dict[str, Any]
         try:
             if order["do"] == "generate":
-                answer = generate(engine, order["prompt"], order["num_tokens"])
+                answer = generate(engine, order["prompts"], order["num_tokens"])
             elif order["do"] == "flush":
                 answer = {"flushed": bool(engine.flush_cache().success)}
             else:

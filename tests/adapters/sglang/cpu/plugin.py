@@ -2,9 +2,9 @@
 torch instead of CUDA kernels, and host pools that are not pinned.
 
 SGLang loads it in every one of its processes (entry point group `sglang.srt.plugins`). None of it
-is on the path of our adapters' bytes. With KVSTORE_TEST_ZERO_KV set, whatever comes out of the
-store is replaced by zeros before the forward pass sees it: the control run, whose tokens must
-differ.
+is on the path of our adapters' bytes. While the file that KVSTORE_TEST_CONTROL_FILE names exists,
+whatever comes out of the store is replaced by zeros before the forward pass sees it: the control
+run, whose tokens must differ.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+CONTROL_VARIABLE = "KVSTORE_TEST_CONTROL_FILE"
 _HOST_POOL = "sglang.srt.mem_cache.pool_host.mha.MHATokenToKVPoolHost"
 _LOAD_LAYER = "kvstore_adapters.sglang.device_pages.DevicePages.load_layer"
 
@@ -24,8 +25,7 @@ def register() -> None:
     HookRegistry.register(f"{_HOST_POOL}.__init__", _unpinned, HookType.BEFORE)
     HookRegistry.register(f"{_HOST_POOL}.backup_from_device_all_layer", _backup, HookType.REPLACE)
     HookRegistry.register(f"{_HOST_POOL}.load_to_device_per_layer", _load, HookType.REPLACE)
-    if _is_control_run():
-        HookRegistry.register(_LOAD_LAYER, _zeroed, HookType.AROUND)
+    HookRegistry.register(_LOAD_LAYER, _load_layer, HookType.AROUND)
 
 
 def install(directory: Path) -> Path:
@@ -42,7 +42,7 @@ def install(directory: Path) -> Path:
 
 
 def _is_control_run() -> bool:
-    return bool(os.environ.get("KVSTORE_TEST_ZERO_KV"))
+    return os.path.exists(os.environ.get(CONTROL_VARIABLE, ""))
 
 
 def _unpinned(pool: Any, *positional: Any, **named: Any) -> tuple[Any, dict[str, Any]]:
@@ -91,7 +91,8 @@ def _load(
         device[device_indices] = 0 if _is_control_run() else host[index]
 
 
-def _zeroed(original: Any, pages: Any, layer: int, pinned: Any, ids: Any) -> None:
+def _load_layer(original: Any, pages: Any, layer: int, pinned: Any, ids: Any) -> None:
     original(pages, layer, pinned, ids)
-    for piece in pages.pieces.layers.get(layer, ()):
-        piece[pages.pieces.rows(ids)] = 0
+    if _is_control_run():
+        for piece in pages.pieces.layers.get(layer, ()):
+            piece[pages.pieces.rows(ids)] = 0
