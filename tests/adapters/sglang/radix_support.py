@@ -1,4 +1,4 @@
-"""SGLang's whole cache on a CPU: its radix tree, its HiCache controller and threads, and our backend.
+"""SGLang's whole cache on a CPU: its radix tree, its controller and threads, and our backend.
 
 The steps (insert, back up, prefetch, load back) are those of SGLang's own test kit. Copies between
 device and host pages are torch's instead of CUDA kernels; nothing of ours is replaced.
