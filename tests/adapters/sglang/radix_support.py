@@ -116,14 +116,14 @@ class Radix(UnifiedRadixCacheStorageFixtures, unittest.TestCase):
     def close(self) -> None:
         self.doCleanups()
 
-    def start(self, layout: str, address: str, model: str, **extra: Any) -> None:
-        """Start HiCache as the scheduler does; without an address, with no storage."""
+    def start(self, layout: str, address: str, **extra: Any) -> None:
+        """Start HiCache as the scheduler does; without an address, with no storage. `extra`: into
+        the storage's configuration; `model` there says whose KV this is."""
         topology = get_parallel().override(tp_rank=0, tp_size=1, pp_rank=0, pp_size=1)
         topology.__enter__()
         self.addCleanup(topology.__exit__, None, None, None)
         args = ServerArgs(
             model_path="dummy",
-            served_model_name=model,
             page_size=self.cfg.page_size,
             device="cpu",
             hicache_io_backend="direct" if layout == "page_first_direct" else "kernel",

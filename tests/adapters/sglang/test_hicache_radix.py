@@ -40,7 +40,7 @@ def make(
     def make_one(config: Any, layout: str, address: str = daemon.address, **extra: Any) -> Radix:
         radix = Radix(config)
         made.append(radix)
-        radix.start(layout, address, request.node.name, **extra)
+        radix.start(layout, address, model=request.node.name, **extra)
         return radix
 
     yield make_one
@@ -107,7 +107,7 @@ def test_storage_is_attached_and_detached_while_the_engine_runs(
     tokens = prompt(FULL, 4)
     radix = make(FULL, "page_first", address="")
     for seed in (5, 6):
-        config = extra_config(daemon.address)
+        config = extra_config(daemon.address, model="attached")
         is_attached, message = radix.cache.attach_storage_backend("dynamic", config, "attached")
         assert is_attached, message
         radix.allow_prefetch()
@@ -123,7 +123,7 @@ def test_storage_is_attached_and_detached_while_the_engine_runs(
     assert not refused
     assert "adress" in message
     is_attached, message = radix.cache.attach_storage_backend(
-        "dynamic", extra_config(daemon.address), "attached"
+        "dynamic", extra_config(daemon.address, model="attached"), "attached"
     )
     assert is_attached, message
     assert radix.cache.clear_storage_backend()
