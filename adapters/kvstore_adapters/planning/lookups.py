@@ -28,7 +28,7 @@ import numpy.typing as npt
 from kvstore import Store
 
 from .chains import Chain
-from .groups import Group, hit_tokens
+from .groups import Group, alignment_tokens, hit_tokens
 from .notices import Notices
 from .shards import Shards
 
@@ -78,6 +78,7 @@ class Lookups:
         """
         self._shards = shards
         self._groups = tuple(groups)
+        self._step = alignment_tokens(groups)
         self._timeout = timeout
         self._notices = Notices(logging.getLogger(__name__))
         self._entries: dict[str, _Lookup] = {}
@@ -111,15 +112,14 @@ class Lookups:
             wait_seconds: for so long. Then what is there counts.
         """
         now = time.monotonic()
-        wait = wait_seconds if want_tokens > 0 else 0.0
-        entry = _Lookup(
-            chain,
-            limit_tokens,
-            now + wait + self._timeout,
-            min(want_tokens, limit_tokens),
-            now + wait,
-        )
+        known = min(want_tokens, limit_tokens, len(chain) * chain.hash_tokens)
+        want = max(0, known) // self._step * self._step  # what `result` can be
+        wait_until = now + (wait_seconds if want else 0.0)
+        entry = _Lookup(chain, limit_tokens, wait_until + self._timeout, want, wait_until)
         with self._lock:
+            former = self._entries.get(request_id)
+            if former is not None:
+                self._settle(former, 0)
             self._entries[request_id] = entry
             if self._is_closed:
                 self._settle(entry, 0)

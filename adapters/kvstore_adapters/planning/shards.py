@@ -29,10 +29,9 @@ class Shards:
         """`namespaces`: by (rank, group). Raises ConfigError when there are none."""
         if not namespaces:
             raise ConfigError("namespaces: a model has at least one rank and group")
-        self._namespaces = dict(namespaces)
         self._settings = settings
-        self.ranks: tuple[int, ...] = tuple(sorted({rank for rank, _ in namespaces}))
-        self.group_ids: tuple[int, ...] = tuple(sorted({group for _, group in namespaces}))
+        self._namespaces = dict(namespaces)
+        self.ranks = _distinct_ranks(namespaces)
         self._stores: dict[_Key, Store] = {}
         self._is_closed = False
         self._lock = threading.Lock()
@@ -41,19 +40,33 @@ class Shards:
         """Raises KeyError: no such shard."""
         return self._namespaces[rank, group_id]
 
+    def adopt(self, namespaces: Mapping[tuple[int, int], Namespace]) -> None:
+        """Take other namespaces, as where workers say what theirs are. Stores that are not of one
+        of them are closed."""
+        if not namespaces:
+            return
+        with self._lock:
+            former, self._namespaces = self._namespaces, dict(namespaces)
+            self.ranks = _distinct_ranks(namespaces)
+            gone = [key for key in self._stores if former.get(key[1:]) != namespaces.get(key[1:])]
+            stores = [self._stores.pop(key) for key in gone]
+        for store in stores:
+            store.close(0.0)
+
     def connect_all(self) -> None:
         """Connect every shard now, when somebody reads the errors. A daemon that is away is none.
 
         Raises:
             ConfigError, IncompatibleError: the daemon is there, and refuses us.
         """
-        for rank, group_id in self._namespaces:
+        for rank, group_id in tuple(self._namespaces):
             self.store(rank, group_id)
 
     def store(self, rank: int, group_id: int) -> Store:
         """Return the store of one shard. May take `settings.timeout` the first time.
 
         Raises:
+            KeyError: there is no such shard.
             ConfigError, IncompatibleError: the daemon is there, and refuses us.
             StoreClosedError: after `close`.
         """
@@ -76,7 +89,7 @@ class Shards:
         Raises:
             PeerUnavailableError, DeadlineExceededError: the daemon is away.
         """
-        for rank, group_id in self._namespaces:
+        for rank, group_id in tuple(self._namespaces):
             self.store(rank, group_id).clear()
 
     def close(self, timeout: float = 5.0) -> None:
@@ -96,21 +109,30 @@ class Shards:
         return store if store is not None else self._connect(key)
 
     def _connect(self, key: _Key) -> Store:
-        address, rank, group_id = key
         settings = self._settings
+        namespace = self._namespaces[key[1:]]
         made = kvstore.connect(
-            address,
-            self._namespaces[rank, group_id],
+            key[0],
+            namespace,
             timeout=settings.timeout,
             token=Path(settings.token_file) if settings.token_file else None,
             tenant=settings.tenant,
             required=False,
         )
         with self._lock:
-            kept = made if self._is_closed else self._stores.setdefault(key, made)
-            is_closed = self._is_closed
-        if kept is not made or is_closed:
-            made.close(0.0)  # another thread was first, or we came too late
-        if is_closed:
-            raise StoreClosedError("the shards are closed")
+            is_of_use = not self._is_closed and self._namespaces.get(key[1:]) == namespace
+            kept = self._stores.setdefault(key, made) if is_of_use else made
+        if not is_of_use or kept is not made:
+            made.close(0.0)  # we came too late, or another thread was first
+        if not is_of_use:
+            raise StoreClosedError("the shards were closed, or their namespaces changed")
         return kept
+
+
+def _distinct_ranks(namespaces: Mapping[tuple[int, int], Namespace]) -> tuple[int, ...]:
+    """Of ranks that hold the same blocks the first only."""
+    by_rank: dict[int, list[tuple[int, bytes]]] = {}
+    for (rank, group_id), namespace in sorted(namespaces.items(), key=lambda item: item[0]):
+        by_rank.setdefault(rank, []).append((group_id, namespace.digest))
+    first = {tuple(shards): rank for rank, shards in reversed(by_rank.items())}
+    return tuple(sorted(first.values()))

@@ -230,6 +230,11 @@ class Transfers:
                 return
         self._saved(job, 0, TransferCounters(dropped_blocks=job.num_blocks))
 
+    def skip(self, job: SaveJob) -> None:
+        """Report a job that others do for us: of what is stored we know nothing."""
+        with self._lock:
+            self._report.saved[job.job_id] = 1
+
     def take_report(self) -> StepReport:
         """Return what ended since the last call."""
         with self._lock:

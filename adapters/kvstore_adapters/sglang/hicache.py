@@ -36,12 +36,13 @@ from sglang.srt.mem_cache.hicache_storage import (
     PoolTransferResult,
 )
 
-import kvstore
+from kvstore_adapters.planning.notices import Notices
+from kvstore_adapters.planning.shards import Shards
 from kvstore_adapters.sglang import hit_policies
 from kvstore_adapters.sglang.keys import Rank, block_hashes, namespace_of
 from kvstore_adapters.sglang.pool_store import PoolStore
 from kvstore_adapters.sglang.pools import is_logical, is_sharded, pages_of
-from kvstore_adapters.sglang.runtime import Complaints, TransferMetrics, model_of, settings_of
+from kvstore_adapters.sglang.runtime import TransferMetrics, model_of, settings_of
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ class KVStoreHiCache(HiCacheStorage):
         self._pools: dict[str, PoolStore] = {}
         self._logical: set[str] = set()
         self._metrics = TransferMetrics(storage_config.enable_storage_metrics)
-        self._complaints = Complaints()
+        self._notices = Notices(logger)
 
     # --- pools
 
@@ -94,11 +95,13 @@ class KVStoreHiCache(HiCacheStorage):
             return
         is_flat = self._is_flat and name == _KV
         groups = pages_of(pool, self._rank.num_splits, only_flat=is_flat)
-        stores = []
-        for split, pages in enumerate(groups):
-            namespace = namespace_of(name, pages, self._rank, self._model, split)
-            stores.append(self._connect(namespace))
-        self._pools[name] = PoolStore(name, groups, stores, self._settings.load_deadline)
+        namespaces = {
+            (split, 0): namespace_of(name, pages, self._rank, self._model, split)
+            for split, pages in enumerate(groups)
+        }
+        shards = Shards(namespaces, self._settings)
+        shards.connect_all()
+        self._pools[name] = PoolStore(name, groups, shards, self._settings.load_deadline)
         if known is not None:
             known.close(_CLOSE_SECONDS)
         logger.info(
@@ -107,12 +110,8 @@ class KVStoreHiCache(HiCacheStorage):
             "unstaged" if groups[0].buffers is not None else "staged",
             self._pools[name].page_bytes,
             groups[0].layout,
-            stores[0].namespace.digest.hex()[:16],
+            namespaces[0, 0].digest.hex()[:16],
         )
-
-    def _connect(self, namespace: kvstore.Namespace) -> kvstore.Store:
-        settings = self._settings
-        return kvstore.connect(settings.address, namespace, timeout=settings.timeout)
 
     # --- what is stored
 
@@ -289,7 +288,7 @@ class KVStoreHiCache(HiCacheStorage):
         try:
             return work(pool)
         except Exception as error:  # noqa: BLE001  whatever it was, SGLang's threads shall go on
-            self._complaints.add(name, error)
+            self._notices.warn(f"pool {name}: a call failed and counts as a miss", repr(error))
             return otherwise
 
     def _count(

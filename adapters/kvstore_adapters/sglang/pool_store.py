@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from kvstore import BlockBuffers, BlockHashes, Store
+from kvstore_adapters.planning.shards import Shards
 from kvstore_adapters.sglang.pools import Pages
 
 Flags: TypeAlias = npt.NDArray[np.bool_]
@@ -23,16 +24,17 @@ class PoolStore:
     """Args:
     name: SGLang's name of the pool.
     pages: of each group of its heads.
-    stores: of each group, in the same order; this object closes them.
+    shards: where each group is: shard (i, 0) for the i-th. Closed with this object.
     load_timeout: seconds that a load may wait for blocks on ssd.
     """
 
     def __init__(
-        self, name: str, pages: Sequence[Pages], stores: Sequence[Store], load_timeout: float
+        self, name: str, pages: Sequence[Pages], shards: Shards, load_timeout: float
     ) -> None:
         self.name = name
         self.pages = pages[0]
-        self._parts = list(zip(pages, stores, strict=True))
+        self._shards = shards
+        self._parts = [(part, shards.store(index, 0)) for index, part in enumerate(pages)]
         self._load_timeout = load_timeout
 
     @property
@@ -100,12 +102,10 @@ class PoolStore:
         Raises:
             KVStoreError: the daemon is away.
         """
-        for _, store in self._parts:
-            store.clear()
+        self._shards.clear()
 
     def close(self, timeout: float) -> None:
-        for _, store in self._parts:
-            store.close(timeout)
+        self._shards.close(timeout)
 
     def _flat_parts(self, stack: torch.Tensor) -> Iterator[tuple[BlockBuffers, Store]]:
         for pages, store in self._parts:

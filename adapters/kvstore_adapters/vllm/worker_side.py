@@ -29,7 +29,9 @@ class WorkerSide:
         namespaces: Mapping[tuple[int, int], Namespace],
         pages: Mapping[int, Pages],
         settings: AdapterSettings,
-        record: Callable[[], Callable[[], None] | None] | None = None,
+        record: Callable[[], Callable[[], None]] | None = None,
+        *,
+        is_writer: bool = True,
     ) -> None:
         """
         Args:
@@ -37,6 +39,7 @@ class WorkerSide:
             namespaces: by (rank, group); those of other ranks are left alone.
             pages: by group, from `vllm.pages.pages_of`.
             record: marks the device's work so far; what it returns waits until that is done.
+            is_writer: False: another rank holds and saves the same blocks.
 
         Raises:
             ConfigError: blocks have other sizes here than the namespaces say, or the daemon
@@ -46,6 +49,7 @@ class WorkerSide:
         _check_sizes(own, pages)
         self._is_one_group = len(groups) == 1
         self._record = record
+        self._is_writer = is_writer
         self._shards = Shards(own, settings)
         self._shards.connect_all()
         self._transfers = Transfers(
@@ -72,6 +76,10 @@ class WorkerSide:
     def start_saves(self, plan: StepPlan) -> None:
         """Queue the saves of a step, whose blocks the forward before has been told to compute."""
         if not plan.saves:
+            return
+        if not self._is_writer:
+            for job in plan.saves:
+                self._transfers.skip(job)
             return
         ready = self._recorded()
         for job in plan.saves:

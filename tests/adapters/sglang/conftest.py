@@ -16,7 +16,7 @@ if importlib.util.find_spec("sglang") is not None:
     # Its imports warn, and warnings are errors while tests are collected.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        importlib.import_module("sglang.srt.mem_cache.unified_radix_cache")
+        importlib.import_module("sglang.test.kits.unified_radix_cache.storage")
 
 
 @pytest.fixture(scope="module")
