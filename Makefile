@@ -10,7 +10,7 @@ TORCHED := $(VENV)/.torch
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
 CXX ?= g++
 
-.PHONY: all demo test test-all lint format bench sanitize fuzz wheel clean tools
+.PHONY: all demo test test-all lint format bench vllm vllm-all sanitize fuzz wheel clean tools
 all: lint test
 
 tools:
@@ -56,6 +56,24 @@ format: $(BUILT)
 bench: $(TORCHED)
 	$(BIN)/kvstore bench $(ARGS)
 
+# Real vLLM engines on a CPU, in an environment of their own (Python 3.11 or newer). The requirement
+# file is a part of what vLLM asks for, hence --no-deps; the last line must not move what it pins.
+VLLM_VENV ?= .venv-vllm
+VLLM_PINS := tests/adapters/vllm/requirements.txt
+$(VLLM_VENV)/.built: $(VLLM_PINS) pyproject.toml setup.py $(NATIVE) | tools
+	test -d $(VLLM_VENV) || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install -q torch==2.13.0
+	$(VLLM_VENV)/bin/pip install -q --no-deps -r $(VLLM_PINS)
+	$(VLLM_VENV)/bin/pip install -q -e '.[test]' -c $(VLLM_PINS)
+	touch $@
+
+vllm: $(VLLM_VENV)/.built
+	$(VLLM_VENV)/bin/python -m pytest -m "vllm and not slow" $(ARGS)
+
+# With two OpenAI servers and the slower modes: some twenty engines more.
+vllm-all: $(VLLM_VENV)/.built
+	$(VLLM_VENV)/bin/python -m pytest -m vllm $(ARGS)
+
 # Native code under AddressSanitizer and UBSan through the Python tests, then the threaded C++ tests
 # under ThreadSanitizer. Torch is kept out: it is not instrumented.
 SANITIZED := build/asan
@@ -64,7 +82,7 @@ TSAN_FLAGS := -std=c++20 -O1 -g -UNDEBUG -fsanitize=thread -Icsrc -pthread
 objects = mkdir -p $(1) && printf '%s\n' csrc/core/*.cc csrc/copy/*.cc csrc/net/*.cc | xargs -P "$$(nproc)" -I{} sh -c '$(2) -c {} -o $(1)/$$(basename {} .cc).o'
 sanitize: $(BUILT)
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
-	cp -r kvstore adapters csrc tests bench deploy docs setup.py pyproject.toml README.md LICENSE $(SANITIZED)
+	cp -r kvstore adapters csrc tests bench deploy docs examples setup.py pyproject.toml README.md LICENSE $(SANITIZED)
 	rm -f $(SANITIZED)/kvstore/*.so
 	cd $(SANITIZED) && KVSTORE_SANITIZE=address,undefined $(abspath $(BIN))/python setup.py -q build_ext --inplace
 	cd $(SANITIZED) && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
@@ -98,4 +116,4 @@ wheel: $(BUILT)
 	$(BIN)/python -m build -o dist .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info kvstore/*.so
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info kvstore/*.so

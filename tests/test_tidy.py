@@ -16,7 +16,7 @@ from kvstore.metrics import metrics_page
 ROOT = Path(__file__).parents[1]
 PYTHON = sorted(
     path
-    for part in ("kvstore", "adapters", "bench", "tests")
+    for part in ("kvstore", "adapters", "bench", "examples", "tests")
     for path in (ROOT / part).rglob("*.py")
 )
 NATIVE = sorted(p for suffix in ("*.h", "*.cc", "*.cu") for p in (ROOT / "csrc").rglob(suffix))

@@ -1,0 +1,98 @@
+"""What SGLang needs besides import stubs to run on a CPU: copies between device and host pages in
+torch instead of CUDA kernels, and host pools that are not pinned.
+
+SGLang loads it in every one of its processes (entry point group `sglang.srt.plugins`). None of it
+is on the path of our adapters' bytes. While the file that KVSTORE_TEST_CONTROL_FILE names exists,
+whatever comes out of the store is replaced by zeros before the forward pass sees it: the control
+run, whose tokens must differ.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+CONTROL_VARIABLE = "KVSTORE_TEST_CONTROL_FILE"
+_HOST_POOL = "sglang.srt.mem_cache.pool_host.mha.MHATokenToKVPoolHost"
+_LOAD_LAYER = "kvstore_adapters.sglang.device_pages.DevicePages.load_layer"
+
+
+def register() -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    HookRegistry.register(f"{_HOST_POOL}.__init__", _unpinned, HookType.BEFORE)
+    HookRegistry.register(f"{_HOST_POOL}.backup_from_device_all_layer", _backup, HookType.REPLACE)
+    HookRegistry.register(f"{_HOST_POOL}.load_to_device_per_layer", _load, HookType.REPLACE)
+    HookRegistry.register(_LOAD_LAYER, _load_layer, HookType.AROUND)
+
+
+def install(directory: Path) -> Path:
+    """Make `directory`, on the path of imports, an installed distribution with this plugin."""
+    information = directory / "kvstore_cpu_plugin-0.1.dist-info"
+    information.mkdir(parents=True, exist_ok=True)
+    (information / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: kvstore-cpu-plugin\nVersion: 0.1\n"
+    )
+    (information / "entry_points.txt").write_text(
+        f"[sglang.srt.plugins]\nkvstore_cpu = {__name__}:register\n"
+    )
+    return directory
+
+
+def _is_control_run() -> bool:
+    return os.path.exists(os.environ.get(CONTROL_VARIABLE, ""))
+
+
+def _unpinned(pool: Any, *positional: Any, **named: Any) -> tuple[Any, dict[str, Any]]:
+    return (pool, *positional), {**named, "pin_memory": False}
+
+
+def _rows(pool: Any, layer: int, slots: Any) -> Iterator[tuple[Any, Any, Any]]:
+    """The device buffer of K and of V of a layer, the host view of it, and the slots' index."""
+    page = pool.page_size
+    for device, host in zip(
+        (pool.device_k_buffers, pool.device_v_buffers), pool.kv_buffer, strict=True
+    ):
+        if pool.layout == "layer_first":
+            yield device[layer], host[layer], slots
+        elif pool.layout == "page_first":
+            yield device[layer], host[:, layer], slots
+        elif pool.layout == "page_first_direct":
+            yield device[layer], host[:, layer], (slots // page, slots % page)
+        elif pool.layout == "page_head":
+            # [page, head, token, layer, dim]: advanced indices on both sides of a slice move to
+            # the front, which gives [slot, head, dim].
+            yield device[layer], host[:, :, :, layer], (slots // page, slice(None), slots % page)
+        else:
+            raise NotImplementedError(f"host layout {pool.layout}")
+
+
+def _backup(
+    pool: Any, device_pool: Any, host_indices: Any, device_indices: Any, io_backend: str
+) -> None:
+    for layer in range(pool.layer_num):
+        for device, host, index in _rows(pool, layer, host_indices):
+            host[index] = device[device_indices]
+
+
+def _load(
+    pool: Any,
+    device_pool: Any,
+    host_indices: Any,
+    device_indices: Any,
+    layer_id: int,
+    io_backend: str,
+    *,
+    is_draft: bool = False,
+) -> None:
+    for device, host, index in _rows(pool, layer_id, host_indices):
+        device[device_indices] = 0 if _is_control_run() else host[index]
+
+
+def _load_layer(original: Any, pages: Any, layer: int, pinned: Any, ids: Any) -> None:
+    original(pages, layer, pinned, ids)
+    if _is_control_run():
+        for piece in pages.pieces.layers.get(layer, ()):
+            piece[pages.pieces.rows(ids)] = 0
