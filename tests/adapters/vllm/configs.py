@@ -30,6 +30,7 @@ def vllm_config(model: Path, layout: str = "LBHNC") -> VllmConfig:
         device_config=DeviceConfig("cpu"),
     )
     config.cache_config.kv_cache_layout = layout
+    config.cache_config.num_gpu_blocks_override = NUM_BLOCKS
     return config
 
 
@@ -60,8 +61,7 @@ def cache_config(config: VllmConfig, specs: Sequence[Any] = (), layers: int = LA
         KVCacheGroupSpec([f"group{i}.layer{k}" for k in range(layers)], spec)
         for i, spec in enumerate(specs or [full()])
     ]
-    page = max(group.kv_cache_spec.page_size_bytes for group in groups)
-    made = get_kv_cache_config_from_groups(config, groups, page * layers * NUM_BLOCKS)
+    made = get_kv_cache_config_from_groups(config, groups, available_memory=1 << 30)
     made.kv_cache_layout = config.cache_config.kv_cache_layout
     made.hash_block_size = BLOCK_TOKENS
     return made
