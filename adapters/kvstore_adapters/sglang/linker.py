@@ -41,6 +41,7 @@ from sglang.srt.mem_cache.unified_cache.unified_cache_linker import (
 from sglang.srt.utils import get_device_module
 
 import kvstore
+from kvstore_adapters.planning.notices import Notices
 from kvstore_adapters.sglang import hit_policies
 from kvstore_adapters.sglang.device_pages import DevicePages, Pieces
 from kvstore_adapters.sglang.index import HashIndex
@@ -48,7 +49,7 @@ from kvstore_adapters.sglang.keys import Rank, namespace_of
 from kvstore_adapters.sglang.linker_pools import block_of, is_alone, pool_group, rank_of
 from kvstore_adapters.sglang.linker_workers import Loader, LoadJob, Move, Saver
 from kvstore_adapters.sglang.pins import Pin, Pins, Wants
-from kvstore_adapters.sglang.runtime import Complaints, model_of, settings_of
+from kvstore_adapters.sglang.runtime import model_of, settings_of
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ class KVStoreLinker(UnifiedCacheLinker):
         rank = rank_of(self._group.rank_replicated)
         self._is_alone = is_alone()
         self._is_writer = not rank.is_replicated or rank.tp_rank == 0
-        self._complaints = Complaints()
+        self._notices = Notices(logger)
         name = getattr(server_args, "served_model_name", None)
         self._pages = self._open(rank, name)
         self._indexes = {name: HashIndex(INDEX_PAGES) for name in self._pages}
@@ -141,7 +142,7 @@ class KVStoreLinker(UnifiedCacheLinker):
             asked = self._group.resolve_transfers(transfers)
             return self._lookup(rid, asked, _keys_of(transfers)) if asked else []
         except Exception as error:  # noqa: BLE001  nothing of ours may stop the scheduler
-            self._complaints.add("lookup", error)
+            self._notices.warn("a lookup failed and counts as a miss", repr(error))
             return []
 
     def _lookup(self, rid: str, asked: Sequence[PoolTransfer], keys: Sequence[str]) -> list[int]:
@@ -184,7 +185,7 @@ class KVStoreLinker(UnifiedCacheLinker):
         try:
             return self._load(rid, transfers)
         except Exception as error:  # noqa: BLE001  nothing of ours may stop the scheduler
-            self._complaints.add("load", error)
+            self._notices.warn("a load failed", repr(error))
             return False
 
     def _load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
