@@ -31,6 +31,7 @@ from kvstore.layout import AxisTensor, BlockBuffers, ContiguousBlocks, PagedBuff
 from kvstore.lease import Lease
 from kvstore.opening import connect, share
 from kvstore.opening import open_store as open
+from kvstore.pieces import PieceBuffers
 from kvstore.reservation import Reservation
 from kvstore.store import BlockInfo, Hit, Store
 from kvstore.transfer import Transfer, TransferResult
@@ -58,6 +59,7 @@ __all__ = [
     "OutOfSpaceError",
     "PagedBuffers",
     "PeerUnavailableError",
+    "PieceBuffers",
     "PrefixHasher",
     "Reservation",
     "StorageError",

@@ -36,6 +36,12 @@ class CopyPlan:
         *,
         writable: bool = True,
     ) -> None: ...
+    @staticmethod
+    def scattered(
+        addresses: npt.NDArray[np.uint64], sizes: npt.NDArray[np.uint64], *, writable: bool = True
+    ) -> CopyPlan:
+        """Piece p of block b is sizes[p] bytes at addresses[b, p]. `runs` have base 0."""
+
     @property
     def block_bytes(self) -> int: ...
     @property

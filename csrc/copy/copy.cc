@@ -44,30 +44,27 @@ PieceRun Between(std::uint8_t *engine, std::int64_t engine_stride,
     if constexpr (!kGather) return {engine, block, engine_stride, block_stride, bytes, count};
 }
 
-std::uint8_t *EngineAddress(const Run &run, std::int64_t id) {
-    return run.base + id * run.block_stride;
-}
-
 // Asks for the engine's lines of a block's short pieces, in payload order.
 class Prefetcher {
 public:
-    Prefetcher(const CopyPlan &plan, std::int64_t id) : runs_(plan.runs), id_(id) {}
+    Prefetcher(const CopyPlan &plan, std::int64_t id) : plan_(plan), id_(id) {}
 
     // Continues up to payload offset `end`.
     void Advance(std::uint64_t end) {
-        for (; run_ < runs_.size(); ++run_, piece_ = 0) {
-            const Run &run = runs_[run_];
+        for (; run_ < plan_.runs.size(); ++run_, piece_ = 0) {
+            const Run &run = plan_.runs[run_];
             for (; piece_ < run.count; ++piece_) {
                 if (run.block_offset + piece_ * run.piece_stride >= end) return;
                 if (run.bytes >= kPrefetchPieceBytes) break;
-                const std::uint8_t *piece = EngineAddress(run, id_) + piece_ * run.engine_stride;
+                const std::uint8_t *piece =
+                    plan_.EngineAddress(run_, id_) + piece_ * run.engine_stride;
                 for (std::uint32_t at = 0; at < run.bytes; at += 64) __builtin_prefetch(piece + at);
             }
         }
     }
 
 private:
-    const std::vector<Run> &runs_;
+    const CopyPlan &plan_;
     std::int64_t id_;
     std::size_t run_ = 0;
     std::uint32_t piece_ = 0;
@@ -78,7 +75,9 @@ template <bool kGather, typename Take>
 void ForPieces(const Batch<kGather> &batch, std::size_t i, const Take &take) {
     const std::int64_t id = batch.ids[i];
     Prefetcher prefetcher(batch.plan, id);
-    for (const Run &run : batch.plan.runs) {
+    for (std::size_t r = 0; r < batch.plan.runs.size(); ++r) {
+        const Run &run = batch.plan.runs[r];
+        std::uint8_t *engine = batch.plan.EngineAddress(r, id);
         const bool in_groups = kGather && run.bytes < kPrefetchPieceBytes;
         const std::uint64_t group =
             in_groups ? std::max<std::uint64_t>(1, kGroupBytes / run.bytes) : run.count;
@@ -86,9 +85,9 @@ void ForPieces(const Batch<kGather> &batch, std::size_t i, const Take &take) {
             const std::uint64_t offset = run.block_offset + p * run.piece_stride;
             const std::uint64_t count = std::min(group, run.count - p);
             if (in_groups) prefetcher.Advance(offset + count * run.piece_stride + kPrefetchBytes);
-            take(Between<kGather>(
-                EngineAddress(run, id) + static_cast<std::int64_t>(p) * run.engine_stride,
-                run.engine_stride, batch.blocks[i] + offset, run.piece_stride, run.bytes, count));
+            take(Between<kGather>(engine + static_cast<std::int64_t>(p) * run.engine_stride,
+                                  run.engine_stride, batch.blocks[i] + offset, run.piece_stride,
+                                  run.bytes, count));
         }
     }
 }
@@ -119,9 +118,10 @@ std::uint64_t CopyTiled(const Batch<kGather> &batch, std::size_t i) {
         if (copied < plan.block_bytes) bytes -= bytes % kStripeBytes;
         if (bytes > 0) stream.Update(block + stream.bytes_done(), bytes);
     };
-    for (const Run &run : plan.runs) {
+    for (std::size_t r = 0; r < plan.runs.size(); ++r) {
+        const Run &run = plan.runs[r];
         for (std::uint32_t p = 0; p < run.count; ++p) {
-            std::uint8_t *engine = EngineAddress(run, batch.ids[i]) + p * run.engine_stride;
+            std::uint8_t *engine = plan.EngineAddress(r, batch.ids[i]) + p * run.engine_stride;
             for (std::uint64_t at = 0; at < run.bytes;) {
                 const std::uint64_t bytes = std::min<std::uint64_t>(kTileBytes, run.bytes - at);
                 CopyPieces(Between<kGather>(engine + at, 0, batch.blocks[i] + copied, 0, bytes, 1),
@@ -138,11 +138,13 @@ std::uint64_t CopyTiled(const Batch<kGather> &batch, std::size_t i) {
 
 // Copies the part of a piece, or of each of `count` pieces, that lies in the batch's range.
 template <bool kGather>
-void CopyRunRange(const Batch<kGather> &batch, std::size_t i, const Run &run) {
+void CopyRunRange(const Batch<kGather> &batch, std::size_t i, std::size_t r) {
+    const Run &run = batch.plan.runs[r];
     const auto copy = [&](std::uint64_t first, std::uint64_t skip, std::uint64_t bytes,
                           std::uint64_t count) {
         const auto index = static_cast<std::int64_t>(first);
-        std::uint8_t *engine = EngineAddress(run, batch.ids[i]) + index * run.engine_stride + skip;
+        std::uint8_t *engine =
+            batch.plan.EngineAddress(r, batch.ids[i]) + index * run.engine_stride + skip;
         CopyPieces(
             Between<kGather>(engine, run.engine_stride,
                              batch.blocks[i] + run.block_offset + first * run.piece_stride + skip,
@@ -172,7 +174,7 @@ void CopyRangeOfBlock(const Batch<kGather> &batch, std::size_t i) {
         if (run != runs.begin()) --run;
     }
     for (; run != runs.end() && run->block_offset < batch.end; ++run) {
-        CopyRunRange<kGather>(batch, i, *run);
+        CopyRunRange<kGather>(batch, i, static_cast<std::size_t>(run - runs.begin()));
     }
 }
 

@@ -53,9 +53,15 @@ std::string CheckRun(const Run &run, std::size_t index, std::uint64_t block_byte
     return "";
 }
 
+void SortExtents(std::vector<PlanExtent> *extents) {
+    const auto before = [](const PlanExtent &a, const PlanExtent &b) { return a.begin < b.begin; };
+    if (!std::is_sorted(extents->begin(), extents->end(), before)) {
+        std::sort(extents->begin(), extents->end(), before);
+    }
+}
+
+// REQUIRES: sorted.
 void MergeExtents(std::vector<PlanExtent> *extents) {
-    std::sort(extents->begin(), extents->end(),
-              [](const PlanExtent &a, const PlanExtent &b) { return a.begin < b.begin; });
     std::size_t kept = 0;
     for (const PlanExtent &extent : *extents) {
         if (kept > 0 && extent.begin <= (*extents)[kept - 1].end) {
@@ -137,6 +143,65 @@ std::vector<Run> RunsOf(const std::vector<Piece> &pieces) {
     return runs;
 }
 
+bool WholeStripes(const std::vector<Piece> &pieces) {
+    return std::all_of(pieces.begin(), pieces.end() - 1,
+                       [](const Piece &piece) { return piece.bytes % 64 == 0; });
+}
+
+// Pieces of blocks as an engine gave them; see MakeScatteredPlan.
+struct Scattered {
+    const std::uint64_t *addresses;
+    std::size_t num_blocks;
+    const std::uint64_t *sizes;
+    std::size_t num_pieces;
+};
+
+std::string CheckScattered(const Scattered &given) {
+    for (std::size_t p = 0; p < given.num_pieces; ++p) {
+        if (given.sizes[p] > 0 && given.sizes[p] <= kMaxPieceBytes) continue;
+        return "piece " + std::to_string(p) + " has " + std::to_string(given.sizes[p]) +
+               " bytes, need 1 to 2**31";
+    }
+    for (std::size_t i = 0; i < given.num_blocks * given.num_pieces; ++i) {
+        const std::size_t p = i % given.num_pieces;
+        const std::uint64_t address = given.addresses[i];
+        if (address > 0 && address <= kMaxAddress - given.sizes[p]) continue;
+        return std::string(address == 0 ? "null" : "impossible") + " address of block " +
+               std::to_string(i / given.num_pieces) + ", piece " + std::to_string(p);
+    }
+    return "";
+}
+
+// The pieces of block 0. Neighbours that lie at the same distance in every block have the same
+// block_stride, which means nothing else here: only these may be merged.
+std::vector<Piece> PiecesOf(const Scattered &given) {
+    const std::uint64_t *first = given.addresses;
+    std::vector<bool> is_alike(given.num_pieces, true);  // as the piece before it
+    for (std::size_t b = 1; b < given.num_blocks; ++b) {
+        const std::uint64_t *row = given.addresses + b * given.num_pieces;
+        for (std::size_t p = 1; p < given.num_pieces; ++p) {
+            if (row[p] - row[p - 1] != first[p] - first[p - 1]) is_alike[p] = false;
+        }
+    }
+    std::vector<Piece> pieces;
+    std::uint64_t offset = 0;
+    std::int64_t group = 0;
+    for (std::size_t p = 0; p < given.num_pieces; ++p) {
+        if (!is_alike[p]) ++group;
+        pieces.push_back({offset, static_cast<std::int64_t>(first[p]), group, given.sizes[p]});
+        offset += given.sizes[p];
+    }
+    return pieces;
+}
+
+// Which piece begins at a payload offset. REQUIRES: one does.
+std::size_t ColumnAt(const std::vector<Piece> &pieces, std::uint64_t block_offset) {
+    const auto at = std::lower_bound(
+        pieces.begin(), pieces.end(), block_offset,
+        [](const Piece &piece, std::uint64_t value) { return piece.block_offset < value; });
+    return static_cast<std::size_t>(at - pieces.begin());
+}
+
 }  // namespace
 
 std::string MakePlan(const std::vector<Run> &runs, std::uint64_t block_bytes,
@@ -170,13 +235,68 @@ std::string MakePlan(const std::vector<Run> &runs, std::uint64_t block_bytes,
     if (PiecesOverlap(pieces, 0) || PiecesOverlap(pieces, num_blocks - 1)) {
         return "pieces of one block overlap in engine memory";
     }
+    SortExtents(&extents);
     MergeExtents(&extents);
     plan->runs = RunsOf(pieces);
     plan->block_bytes = block_bytes;
     plan->num_blocks = num_blocks;
     plan->in_order = true;
-    plan->whole_stripes = std::all_of(pieces.begin(), pieces.end() - 1,
-                                      [](const Piece &piece) { return piece.bytes % 64 == 0; });
+    plan->whole_stripes = WholeStripes(pieces);
+    plan->extents = std::move(extents);
+    return "";
+}
+
+std::string MakeScatteredPlan(const std::uint64_t *addresses, std::int64_t num_blocks,
+                              const std::uint64_t *sizes, std::size_t num_pieces, bool writable,
+                              CopyPlan *plan) {
+    if (num_blocks <= 0) return "there must be at least one block";
+    if (num_pieces == 0) return "there must be at least one piece";
+    const auto n = static_cast<std::size_t>(num_blocks);
+    if (n > kMaxPieces / num_pieces) {
+        return "the blocks fall into more than " + std::to_string(kMaxPieces) + " pieces";
+    }
+    const Scattered given{addresses, n, sizes, num_pieces};
+    std::string wrong = CheckScattered(given);
+    if (!wrong.empty()) return wrong;
+    std::vector<Piece> pieces = PiecesOf(given);
+    const std::uint64_t block_bytes = pieces.back().block_offset + pieces.back().bytes;
+    const std::vector<Piece> columns = pieces;
+    wrong = OrderPieces(&pieces, block_bytes);
+    if (!wrong.empty()) return wrong;
+
+    // Column by column: of a pool whose pages were handed out in order they come out sorted.
+    std::vector<PlanExtent> extents;
+    extents.reserve(n * pieces.size());
+    for (const Piece &piece : pieces) {
+        const std::uint64_t *column = addresses + ColumnAt(columns, piece.block_offset);
+        for (std::size_t b = 0; b < n; ++b) {
+            extents.push_back({column[b * num_pieces], column[b * num_pieces] + piece.bytes});
+        }
+    }
+    SortExtents(&extents);
+    for (std::size_t i = 1; writable && i < extents.size(); ++i) {
+        if (extents[i - 1].end <= extents[i].begin) continue;
+        return "pieces overlap: two share the byte at address " + std::to_string(extents[i].begin);
+    }
+    MergeExtents(&extents);
+
+    plan->runs = RunsOf(pieces);
+    plan->addresses.resize(n * plan->runs.size());
+    for (std::size_t r = 0; r < plan->runs.size(); ++r) {
+        Run &run = plan->runs[r];
+        run.base = nullptr;
+        run.block_stride = 0;
+        const std::uint64_t *column = addresses + ColumnAt(columns, run.block_offset);
+        for (std::size_t b = 0; b < n; ++b) {
+            plan->addresses[b * plan->runs.size() + r] =
+                reinterpret_cast<std::uint8_t *>(column[b * num_pieces]);
+        }
+    }
+    plan->block_bytes = block_bytes;
+    plan->num_blocks = num_blocks;
+    plan->in_order = true;
+    plan->whole_stripes = WholeStripes(pieces);
+    plan->writable = writable;
     plan->extents = std::move(extents);
     return "";
 }

@@ -6,6 +6,9 @@
 //     block:   block_offset + i * piece_stride
 // Adjacent pieces are merged when the plan is built, so a layout in which a whole layer of a block
 // is contiguous has one piece per layer, and a block-outermost layout one piece in all.
+//
+// Engines that hand over pointers instead of tensors have *scattered* blocks: run r of engine block
+// b begins at addresses[b * runs.size() + r], and base and block_stride mean nothing.
 #pragma once
 
 #include <cstddef>
@@ -39,6 +42,13 @@ struct CopyPlan {
     bool whole_stripes = false;       // all pieces but the payload's last are multiples of 64 bytes
     bool writable = true;             // scatters into these tensors are allowed
     std::vector<PlanExtent> extents;  // sorted and disjoint: the engine memory of all blocks
+    std::vector<std::uint8_t *> addresses;  // empty unless blocks are scattered
+
+    // The first piece of run `run` of engine block `id`.
+    std::uint8_t *EngineAddress(std::size_t run, std::int64_t id) const {
+        if (addresses.empty()) return runs[run].base + id * runs[run].block_stride;
+        return addresses[static_cast<std::size_t>(id) * runs.size() + run];
+    }
 };
 
 // Checks `runs`, in any order, and makes the plan that is in payload order: every piece is looked
@@ -47,6 +57,14 @@ struct CopyPlan {
 // exactly once, and must not overlap in engine memory.
 std::string MakePlan(const std::vector<Run> &runs, std::uint64_t block_bytes,
                      std::int64_t num_blocks, CopyPlan *plan);
+
+// Makes the plan of scattered blocks: piece p of block b is sizes[p] bytes at
+// addresses[b * num_pieces + p], and a block is its pieces one after the other. Pieces that lie
+// alike in every block are merged into runs. Returns as MakePlan. Pieces of a writable plan must
+// not overlap; what is only read may lie anywhere.
+std::string MakeScatteredPlan(const std::uint64_t *addresses, std::int64_t num_blocks,
+                              const std::uint64_t *sizes, std::size_t num_pieces, bool writable,
+                              CopyPlan *plan);
 
 // True when [begin, begin + bytes) shares a byte with the engine memory of the plan.
 bool TouchesEngine(const CopyPlan &plan, std::uintptr_t begin, std::uint64_t bytes);

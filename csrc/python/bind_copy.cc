@@ -175,6 +175,25 @@ CopyPlan NewPlan(const py::object &runs, std::int64_t block_bytes, std::int64_t 
     return plan;
 }
 
+CopyPlan NewScatteredPlan(const py::object &addresses, const py::object &sizes, bool writable) {
+    const auto rows = TakeArray<std::uint64_t>(addresses, "addresses", "uint64", 2);
+    const auto bytes = TakeArray<std::uint64_t>(sizes, "sizes", "uint64", 1);
+    if (rows.shape(1) != bytes.shape(0)) {
+        throw py::value_error("addresses has " + std::to_string(rows.shape(1)) +
+                              " pieces a block, sizes " + std::to_string(bytes.shape(0)));
+    }
+    const auto num_pieces = static_cast<std::size_t>(bytes.shape(0));
+    CopyPlan plan;
+    std::string wrong;
+    {
+        py::gil_scoped_release released;
+        wrong = MakeScatteredPlan(rows.data(), rows.shape(0), bytes.data(), num_pieces, writable,
+                                  &plan);
+    }
+    if (!wrong.empty()) throw py::value_error(wrong);
+    return plan;
+}
+
 py::array_t<std::int64_t> RunsArray(const CopyPlan &plan) {
     py::array_t<std::int64_t> out({static_cast<py::ssize_t>(plan.runs.size()), py::ssize_t{7}});
     std::int64_t *row = out.mutable_data();
@@ -355,6 +374,8 @@ void BindCopy(py::module_ &m) {
     py::class_<CopyPlan>(m, "CopyPlan")
         .def(py::init(&NewPlan), py::arg("runs"), py::arg("block_bytes"), py::arg("num_blocks"),
              py::kw_only(), py::arg("writable") = true)
+        .def_static("scattered", &NewScatteredPlan, py::arg("addresses"), py::arg("sizes"),
+                    py::kw_only(), py::arg("writable") = true)
         .def_readonly("block_bytes", &CopyPlan::block_bytes)
         .def_readonly("num_blocks", &CopyPlan::num_blocks)
         .def_readonly("writable", &CopyPlan::writable)

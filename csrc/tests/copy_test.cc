@@ -46,6 +46,25 @@ struct Engine {
         const std::string wrong = MakePlan(runs, 2 * half, kBlocks, &plan);
         KV_CHECK(wrong.empty());
     }
+
+    // The same memory as pieces that lie elsewhere in every block.
+    Engine Scattered(std::size_t piece) const {
+        Engine made = *this;
+        const std::size_t pieces = 2 * half / piece;
+        std::vector<std::uint64_t> addresses;
+        for (std::size_t b = 0; b < kBlocks; ++b) {
+            for (std::size_t p = 0; p < pieces; ++p) {
+                const std::size_t place = b * pieces + (p * 7 + b) % pieces;
+                addresses.push_back(
+                    reinterpret_cast<std::uintptr_t>(made.memory.data() + place * piece));
+            }
+        }
+        const std::vector<std::uint64_t> sizes(pieces, piece);
+        const std::string wrong =
+            MakeScatteredPlan(addresses.data(), kBlocks, sizes.data(), pieces, true, &made.plan);
+        KV_CHECK(wrong.empty() && !made.plan.addresses.empty());
+        return made;
+    }
 };
 
 void RoundTrips(const Engine &source, std::uint32_t seed) {
@@ -61,7 +80,11 @@ void RoundTrips(const Engine &source, std::uint32_t seed) {
     Engine target = source;
     for (std::size_t r = 0; r < target.plan.runs.size(); ++r) {
         Run &run = target.plan.runs[r];
-        run.base = target.memory.data() + (run.base - source.memory.data());
+        if (run.base != nullptr)
+            run.base = target.memory.data() + (run.base - source.memory.data());
+    }
+    for (std::uint8_t *&address : target.plan.addresses) {
+        address = target.memory.data() + (address - source.memory.data());
     }
     for (int threads = 1; threads <= 4; ++threads) {
         std::fill(arena.begin(), arena.end(), std::uint8_t{0});
@@ -82,10 +105,12 @@ void RoundTrips(const Engine &source, std::uint32_t seed) {
 
 void AllCallers() {
     const Engine whole_stripes(1024, 64), odd(777, 81), big(64 << 10, 2), tiny(3, 20);
+    const Engine scattered = whole_stripes.Scattered(1024), odd_scattered = odd.Scattered(777);
     std::vector<std::thread> callers;
     for (std::uint32_t caller = 0; caller < kCallers; ++caller) {
         callers.emplace_back([&, caller] {
-            for (const Engine *engine : {&whole_stripes, &odd, &big, &tiny}) {
+            for (const Engine *engine :
+                 {&whole_stripes, &odd, &big, &tiny, &scattered, &odd_scattered}) {
                 RoundTrips(*engine, caller);
             }
         });

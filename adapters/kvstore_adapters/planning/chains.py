@@ -23,8 +23,8 @@ class Chain:
     (i + 1) * k - 1. Blocks of full attention know their chain, as each is stored after the one
     before it. Blocks of a window do not: those before the window need not be stored.
 
-    Thread safety: one thread extends; others may read meanwhile and see a prefix. Hashes are only
-    ever appended, and slices handed out before stay valid.
+    Thread safety: one thread extends; others may read meanwhile and see a prefix. Slices handed
+    out before stay valid.
     """
 
     __slots__ = ("_array", "_length", "hash_tokens")
@@ -42,9 +42,12 @@ class Chain:
     def extend(self, hashes: Sequence[bytes]) -> None:
         """Append what `hashes`, the whole list so far, has beyond the hashes that are known.
 
+        Where an engine took back its last tokens and went on otherwise, this chain does so too.
+
         Raises:
             ConfigError: a hash is not 32 bytes; none is appended.
         """
+        self._follow(hashes)
         known, count = self._length, len(hashes)
         if count <= known:
             return
@@ -62,6 +65,17 @@ class Chain:
                 self._array = grown
             self._array[known:count] = rows
         self._length = count
+
+    def _follow(self, hashes: Sequence[bytes]) -> None:
+        """Forget the hashes behind the last that `hashes` has too. As each stands for all before
+        it, one look is enough where nothing was taken back."""
+        same = min(self._length, len(hashes))
+        array = self._array
+        while same and hashes[same - 1] != array[same - 1].tobytes():
+            same -= 1
+        if same < self._length:
+            self._length = same
+            self._array = array[:same]  # what was handed out before is not written to again
 
     def num_blocks(self, group: Group) -> int:
         """How many blocks of `group` have a known hash."""
@@ -85,9 +99,9 @@ class Chain:
         parent = array[begin * pieces - 1].tobytes() if begin else None
         return BlockHashes(rows, begin, parent)
 
-    def name(self, group: Group, index: int) -> bytes:
-        """The name of one block."""
-        return bytes(self._array[(index + 1) * self._pieces(group) - 1])
+    def last_of(self, tokens: int) -> bytes:
+        """The hash of the first `tokens` tokens, which are whole pieces, at least one."""
+        return bytes(self._array[tokens // self.hash_tokens - 1])
 
     def _pieces(self, group: Group) -> int:
         pieces, rest = divmod(group.block_tokens, self.hash_tokens)

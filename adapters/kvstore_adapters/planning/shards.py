@@ -15,6 +15,7 @@ from pathlib import Path
 
 import kvstore
 from kvstore import ConfigError, Namespace, Store, StoreClosedError
+from kvstore_adapters.daemon_start import ensure_daemon
 from kvstore_adapters.settings import AdapterSettings
 
 _Key = tuple[str, int, int]  # address, rank, group
@@ -26,7 +27,10 @@ class Shards:
     def __init__(
         self, namespaces: Mapping[tuple[int, int], Namespace], settings: AdapterSettings
     ) -> None:
-        """`namespaces`: by (rank, group). Raises ConfigError when there are none."""
+        """`namespaces`: by (rank, group). Raises ConfigError when there are none.
+
+        Starts a daemon where the settings ask for one, and waits for it.
+        """
         if not namespaces:
             raise ConfigError("namespaces: a model has at least one rank and group")
         self._settings = settings
@@ -35,6 +39,7 @@ class Shards:
         self._stores: dict[_Key, Store] = {}
         self._is_closed = False
         self._lock = threading.Lock()
+        ensure_daemon(settings)
 
     def namespace(self, rank: int, group_id: int) -> Namespace:
         """Raises KeyError: no such shard."""

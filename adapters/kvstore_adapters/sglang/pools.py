@@ -292,8 +292,14 @@ def _affine(pool: Any, pieces: Callable[[Any, int], _Pieces | None]) -> list[_Pi
 
 
 def _private_layout(pool: Any, how: str) -> str:
-    name = f"sglang-{type(pool).__name__}-{pool.layout}-{how}"
-    return f"{name};dtype={pool.dtype};tokens={pool.page_size}"
+    """A name that is the same only for pools whose pages mean the same, byte by byte."""
+    types = sorted(f"{name}={kind}" for name, kind in vars(pool).items() if name.endswith("dtype"))
+    parts = [
+        f"sglang-{type(pool).__name__}-{pool.layout}-{how}",
+        *types,
+        f"tokens={pool.page_size}",
+    ]
+    return ";".join(parts)
 
 
 def _of_pieces(pool: Any, pieces: list[_Piece]) -> Pages:

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
+from kvstore_adapters.identity import model_identity
 from kvstore_adapters.settings import AdapterSettings
 from kvstore_adapters.sglang.keys import Model
 
@@ -44,27 +45,41 @@ def settings_of(extra_config: Mapping[str, Any]) -> AdapterSettings:
 
 
 def model_of(name: str | None, settings: AdapterSettings) -> Model:
-    """What model this process serves; `name` is what SGLang calls it towards storage."""
-    args = _server_args()
-    parts = [str(getattr(args, field, "")) for field in _MODEL_FIELDS]
+    """What model this process serves, by SGLang's configuration in effect.
+
+    `name` is what SGLang calls it towards storage: the name it is served by, which says nothing of
+    its weights, and a suffix where its pages have a format of their own. Another name than that is
+    taken as it is.
+
+    Raises:
+        ConfigError: the model's weights cannot be told from others; the setting `model` can do it.
+    """
+    from sglang.srt.runtime_context import get_model, get_serving, get_spec
+
+    try:
+        model, serving, spec = get_model(), get_serving(), get_spec()
+    except ValueError:  # outside of an engine
+        return Model(settings.model or name or "unnamed", "", "", "")
+    label = (name or "").removeprefix(serving.served_model_name or model.model_path)
+    identity, revision = settings.model, ""
+    if not identity:
+        identity, revision = model_identity(model.model_path, model.revision)
+    ways = {"label": label, "weight_version": serving.weight_version}
+    ways |= {field: getattr(model, field, None) for field in _WAYS_TO_COMPUTE}
+    described = ";".join(f"{field}={value}" for field, value in ways.items() if value)
+    draft = spec.speculative_draft_model_path
     return Model(
-        name=settings.model or name or str(getattr(args, "model_path", "")) or "unnamed",
-        revision="" if settings.model else ";".join(parts),
-        kv_dtype=str(getattr(args, "kv_cache_dtype", "")),
-        draft=f"{getattr(args, 'speculative_draft_model_path', '')}",
+        name=identity,
+        revision=";".join(filter(None, (revision, described))),
+        kv_dtype=str(model.kv_cache_dtype),
+        draft="/".join(model_identity(draft, spec.speculative_draft_model_revision))
+        if draft
+        else "",
     )
 
 
-_MODEL_FIELDS = ("model_path", "revision", "quantization", "dtype", "weight_version")
-
-
-def _server_args() -> Any:
-    from sglang.srt.runtime_context import get_server_args
-
-    try:
-        return get_server_args()
-    except ValueError:
-        return None  # a backend that is made outside of an engine
+# Of one checkpoint, these make other KV.
+_WAYS_TO_COMPUTE = ("dtype", "quantization", "json_model_override_args", "quantization_param_path")
 
 
 class TransferMetrics:

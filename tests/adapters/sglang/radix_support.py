@@ -1,4 +1,4 @@
-"""SGLang's whole cache on a CPU: its radix tree, its HiCache controller and threads, and our backend.
+"""SGLang's whole cache on a CPU: its radix tree, its controller and threads, and our backend.
 
 The steps (insert, back up, prefetch, load back) are those of SGLang's own test kit. Copies between
 device and host pages are torch's instead of CUDA kernels; nothing of ours is replaced.
@@ -10,7 +10,7 @@ import json
 import time
 import unittest
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -70,6 +70,36 @@ def use_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(pool, "__init__", unpinned)
     monkeypatch.setattr(MHATokenToKVPoolHost, "backup_from_device_all_layer", plugin._backup)
     monkeypatch.setattr(MHATokenToKVPoolHost, "load_to_device_per_layer", plugin._load)
+    monkeypatch.setattr(MambaPoolHost, "backup_from_device_all_layer", _backup_states)
+    monkeypatch.setattr(MambaPoolHost, "load_to_device_per_layer", _load_states)
+
+
+def _states(pool: MambaPoolHost) -> Iterator[tuple[torch.Tensor, list[torch.Tensor]]]:
+    """Host buffers `[slot, layer, 1, ...]` of a state pool, and the device's of each layer."""
+    yield pool.temporal_buffer, pool.temporal_device_layers
+    yield from zip(pool.conv_buffer, pool.conv_device_layers, strict=True)
+
+
+def _backup_states(
+    pool: Any, device_pool: Any, host_indices: Any, device_indices: Any, io_backend: str = ""
+) -> None:
+    for host, layers in _states(pool):
+        for layer, device in enumerate(layers):
+            host[host_indices, layer, 0] = device[device_indices]
+
+
+def _load_states(
+    pool: Any,
+    device_pool: Any,
+    host_indices: Any,
+    device_indices: Any,
+    layer_id: int,
+    io_backend: str = "",
+    *,
+    is_draft: bool = False,
+) -> None:
+    for host, layers in _states(pool):
+        layers[layer_id][device_indices] = host[host_indices, layer_id, 0]
 
 
 class Radix(UnifiedRadixCacheStorageFixtures, unittest.TestCase):
@@ -77,7 +107,7 @@ class Radix(UnifiedRadixCacheStorageFixtures, unittest.TestCase):
 
     __test__ = False  # a TestCase only for the kit's sake
 
-    def __init__(self, config: CacheConfig, *, is_eagle: bool = False) -> None:
+    def __init__(self, config: CacheConfig) -> None:
         super().__init__()
         self.cfg = config
         self.cache, self.allocator, self.requests = kit.build_fixture(config)
@@ -86,14 +116,14 @@ class Radix(UnifiedRadixCacheStorageFixtures, unittest.TestCase):
     def close(self) -> None:
         self.doCleanups()
 
-    def start(self, layout: str, address: str, model: str, **extra: Any) -> None:
-        """Start HiCache as the scheduler does; without an address, with no storage."""
+    def start(self, layout: str, address: str, **extra: Any) -> None:
+        """Start HiCache as the scheduler does; without an address, with no storage. `extra`: into
+        the storage's configuration; `model` there says whose KV this is."""
         topology = get_parallel().override(tp_rank=0, tp_size=1, pp_rank=0, pp_size=1)
         topology.__enter__()
         self.addCleanup(topology.__exit__, None, None, None)
         args = ServerArgs(
             model_path="dummy",
-            served_model_name=model,
             page_size=self.cfg.page_size,
             device="cpu",
             hicache_io_backend="direct" if layout == "page_first_direct" else "kernel",
@@ -122,33 +152,42 @@ class Radix(UnifiedRadixCacheStorageFixtures, unittest.TestCase):
     def backend(self) -> Any:
         return self.cache.cache_controller.storage_backend
 
-    def device_pools(self) -> list[Any]:
-        pool = self.allocator.get_kvcache()
-        return [getattr(pool, "full_kv_pool", pool)]
-
     def compute(self, tokens: Sequence[int], seed: int) -> list[torch.Tensor]:
-        """Insert a prompt whose KV is random; return that KV, of each layer K then V."""
+        """Insert a prompt whose KV and state are random; return them as `kv_of` does."""
         self._insert(self.cache, self.allocator, self.requests, list(tokens))
-        slots = self.slots_of(tokens)
         generator = torch.Generator().manual_seed(seed)
-        for pool in self.device_pools():
-            for buffer in (*pool.k_buffer, *pool.v_buffer):
-                shape = (len(slots), *buffer.shape[1:])
-                buffer[slots] = torch.randn(shape, generator=generator).to(buffer.dtype)
+        for buffer, slots in self._parts(tokens):
+            shape = (len(slots), *buffer.shape[1:])
+            buffer[slots] = torch.randn(shape, generator=generator).to(buffer.dtype)
         return self.kv_of(tokens)
 
-    def slots_of(self, tokens: Sequence[int]) -> torch.Tensor:
-        leaf = kit.match_prefix(self.cache, list(tokens)).last_device_node
-        slots: torch.Tensor = self.cache.path_device_indices(leaf)
-        return slots
-
     def kv_of(self, tokens: Sequence[int]) -> list[torch.Tensor]:
-        slots = self.slots_of(tokens)
-        return [
-            buffer[slots].clone()
-            for pool in self.device_pools()
-            for buffer in (*pool.k_buffer, *pool.v_buffer)
-        ]
+        """What the device has of a prompt: K and V of each layer, of a window pool the last window
+        only, of a state pool the state after the last token."""
+        return [buffer[slots].clone() for buffer, slots in self._parts(tokens)]
+
+    def _parts(self, tokens: Sequence[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Device buffers, and the slots of each that belong to a prompt."""
+        leaf = kit.match_prefix(self.cache, list(tokens)).last_device_node
+        slots = self.cache.path_device_indices(leaf)
+        pool = self.allocator.get_kvcache()
+        full = getattr(pool, "full_kv_pool", pool)
+        for buffer in (*full.k_buffer, *full.v_buffer):
+            yield buffer, slots
+        if self.cfg.has_swa:
+            last = slots[-self.cfg.sliding_window_size :]
+            for buffer in (*pool.swa_kv_pool.k_buffer, *pool.swa_kv_pool.v_buffer):
+                yield buffer, self.allocator.full_to_swa_index_mapping[last]
+        if self.cfg.has_mamba:
+            state = kit.node_device_value(self.cache, leaf, ComponentType.MAMBA)
+            (host,) = (
+                entry.host_pool
+                for entry in self.cache.cache_controller.mem_pool_host.entries
+                if isinstance(entry.host_pool, MambaPoolHost)
+            )
+            for _, layers in _states(host):
+                for buffer in layers:
+                    yield buffer, state
 
     def write(self, tokens: Sequence[int]) -> None:
         """Back the prompt up to the host pool and from there to storage; wait for both."""

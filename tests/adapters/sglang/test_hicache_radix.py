@@ -40,7 +40,7 @@ def make(
     def make_one(config: Any, layout: str, address: str = daemon.address, **extra: Any) -> Radix:
         radix = Radix(config)
         made.append(radix)
-        radix.start(layout, address, request.node.name, **extra)
+        radix.start(layout, address, model=request.node.name, **extra)
         return radix
 
     yield make_one
@@ -83,15 +83,22 @@ def test_only_the_common_prefix_comes(make: Make) -> None:
     assert second.prefetch(other) == 4 * FULL.page_size
 
 
-def test_a_window_pool_comes_back_with_the_main_pool(make: Make) -> None:
-    tokens = prompt(WINDOW, 6)
-    first = make(WINDOW, "page_first")
+@pytest.mark.parametrize("layout", ["page_first", "page_first_direct"])
+@pytest.mark.parametrize("config", [WINDOW, STATE], ids=["window", "state"])
+def test_hybrid_models_come_back_with_all_of_their_pools(
+    make: Make, config: Any, layout: str
+) -> None:
+    tokens = prompt(config, 6)
+    first = make(config, layout)
     wanted = first.compute(tokens, 4)
     first.write(tokens)
-    second = make(WINDOW, "page_first")
+    second = make(config, layout)
     assert second.prefetch(tokens) == len(tokens)
     assert second.load_back(tokens) == len(tokens)
-    assert all(map(torch.equal, second.kv_of(tokens), wanted))
+    got = second.kv_of(tokens)
+    assert len(got) == len(wanted)
+    assert all(map(torch.equal, got, wanted))
+    assert all(pool.pages.buffers is not None for pool in second.backend._pools.values())
 
 
 def test_storage_is_attached_and_detached_while_the_engine_runs(
@@ -100,7 +107,7 @@ def test_storage_is_attached_and_detached_while_the_engine_runs(
     tokens = prompt(FULL, 4)
     radix = make(FULL, "page_first", address="")
     for seed in (5, 6):
-        config = extra_config(daemon.address)
+        config = extra_config(daemon.address, model="attached")
         is_attached, message = radix.cache.attach_storage_backend("dynamic", config, "attached")
         assert is_attached, message
         radix.allow_prefetch()
@@ -116,7 +123,7 @@ def test_storage_is_attached_and_detached_while_the_engine_runs(
     assert not refused
     assert "adress" in message
     is_attached, message = radix.cache.attach_storage_backend(
-        "dynamic", extra_config(daemon.address), "attached"
+        "dynamic", extra_config(daemon.address, model="attached"), "attached"
     )
     assert is_attached, message
     assert radix.cache.clear_storage_backend()

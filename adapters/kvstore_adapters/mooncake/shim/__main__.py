@@ -1,0 +1,7 @@
+"""Prints the directory for PYTHONPATH."""
+
+import sys
+
+from . import PATH
+
+sys.stdout.write(PATH + "\n")
