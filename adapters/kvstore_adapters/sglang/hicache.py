@@ -125,7 +125,7 @@ class KVStoreHiCache(HiCacheStorage):
     def batch_exists(
         self, keys: Sequence[str], extra_info: HiCacheStorageExtraInfo | None = None
     ) -> int:
-        return hit_policies.leading(self._contains(_KV, keys))
+        return self._try(_KV, lambda pool: pool.match(block_hashes(keys)), 0)
 
     def batch_exists_v2(
         self,
