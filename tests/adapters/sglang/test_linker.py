@@ -14,6 +14,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +27,9 @@ import torch
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 from sglang.srt.mem_cache.base_prefix_cache import InitLoadBackParams, MatchPrefixParams
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 from sglang.srt.mem_cache.radix_cache import RadixKey
+from sglang.srt.mem_cache.unified_cache.components import ComponentType
 from sglang.srt.mem_cache.unified_cache.linker_factory import create_unified_cache_linker
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import PoolTransfer
 from sglang.srt.runtime_context import get_parallel
@@ -36,8 +39,10 @@ import kvstore
 from kvstore import ConfigError
 from kvstore.bench.serving import PrivateDaemon
 from kvstore_adapters.sglang import linker as linker_module
-from kvstore_adapters.sglang.device_pages import DevicePages, LoadError
+from kvstore_adapters.sglang.device_pages import DevicePages, LoadError, Pieces
 from kvstore_adapters.sglang.linker import KVStoreLinker
+from kvstore_adapters.sglang.linker_pools import block_of, pool_group
+from kvstore_adapters.sglang.pins import PinnedPages
 from tests.adapters.sglang import radix_support, support
 from tests.adapters.sglang.radix_support import FULL, STATE, WAIT_S, WINDOW, prompt
 
@@ -278,6 +283,68 @@ def lookup_transfers(tree: LinkedTree, tokens: Sequence[int]) -> list[PoolTransf
 def test_a_model_whose_pools_a_linker_cannot_reach_is_refused(make: Make) -> None:
     with pytest.raises(ConfigError, match="HiCache"):
         make(STATE)
+
+
+@pytest.mark.parametrize("layout", ["nhd", "hnd", "latent"])
+def test_pools_of_one_layout_become_blocks(layout: str) -> None:
+    """Pages go from one pool to another of its kind; where rows are not slots, they are opaque."""
+    dtype, heads, dim = torch.bfloat16, support.HEADS, support.HEAD_DIM
+
+    def pool() -> Any:
+        common: dict[str, Any] = {
+            "size": 8 * support.PAGE_TOKENS,
+            "page_size": support.PAGE_TOKENS,
+            "dtype": dtype,
+            "layer_num": support.LAYERS,
+            "device": "cpu",
+            "enable_memory_saver": False,
+        }
+        if layout == "latent":
+            return MLATokenToKVPool(
+                kv_lora_rank=support.LORA_RANK, qk_rope_head_dim=support.ROPE_DIM, **common
+            )
+        made = MHATokenToKVPool(head_num=heads, head_dim=dim, **common)
+        if layout == "hnd":
+            # As on a GPU with that layout; on a CPU SGLang does not choose it.
+            shape = (9, heads, support.PAGE_TOKENS, dim)
+            made.kv_cache_layout = "hnd"
+            made.k_buffer = [torch.zeros(shape, dtype=dtype) for _ in range(support.LAYERS)]
+            made.v_buffer = [torch.zeros(shape, dtype=dtype) for _ in range(support.LAYERS)]
+        return made
+
+    def group_of(found: Any) -> Any:
+        return pool_group(
+            SimpleNamespace(
+                token_to_kv_pool_allocator=SimpleNamespace(get_kvcache=lambda: found),
+                page_size=support.PAGE_TOKENS,
+                sidecar_draft_device_pools=(),
+                mtp_draft_device_pools=(),
+            ),
+            {ComponentType.FULL},
+        )
+
+    support.publish()
+    (entry,), (other,) = group_of(pool()).entries, group_of(pool()).entries
+    assert group_of(pool()).rank_replicated == (layout == "latent")
+    for buffer in entry.kv_buffer:
+        buffer.copy_(torch.randn(buffer.shape).to(dtype))
+    block = block_of(entry, Pieces.of(entry))
+    assert (block.layout == "canonical-1") == (layout != "hnd")
+    assert block.spec.kind == ("kv" if layout == "nhd" else "latent")
+    with kvstore.open(kvstore.Namespace("pools", block.spec), cpu="4MiB") as store:
+        source, target = DevicePages(entry, store), DevicePages(other, store)
+        keys = [f"{i:064x}" for i in range(8)]
+        slots = torch.arange(support.PAGE_TOKENS, 9 * support.PAGE_TOKENS)
+        assert source.put(keys, source.page_ids(slots))
+        pinned = PinnedPages(keys)
+        pinned.acquire(target, ttl=WAIT_S, timeout=WAIT_S)
+        for layer in range(support.LAYERS):
+            target.load_layer(layer, pinned, target.page_ids(slots))
+        pinned.release()
+        begin = 1 if layout == "hnd" else support.PAGE_TOKENS
+        for mine, theirs in zip(entry.kv_buffer, other.kv_buffer, strict=True):
+            assert torch.equal(mine[begin:], theirs[begin:])
+            assert not theirs[:begin].any()
 
 
 def test_an_unknown_setting_is_named(make: Make) -> None:
