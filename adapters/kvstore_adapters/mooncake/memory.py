@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import mmap
 import threading
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -75,6 +77,7 @@ class Regions:
         self._lock = threading.Lock()  # for those who change _bounds
         nothing = np.zeros(0, np.uint64)
         self._bounds: tuple[_Addresses, _Addresses] = (nothing, nothing)  # begins sorted, and ends
+        self._has_warned = False  # an engine that errs once does so with each block
 
     def add(self, address: int, num_bytes: int) -> bool:
         """Return False, and change nothing, for no memory at all or what is registered in part."""
@@ -102,22 +105,45 @@ class Regions:
             return True
 
     def pieces(
-        self, addresses: Sequence[int], sizes: Sequence[int], *, is_strict: bool
-    ) -> Pieces | None:
-        """These pieces if there is such memory, and if it is strict, was registered."""
-        pieces = Pieces(addresses, sizes)
-        if pieces.is_sound() and (not is_strict or self._cover(pieces.leading(pieces.num_bytes))):
-            return pieces
-        logger.warning("memory that is none or not registered is refused: %s", pieces)
-        return None
+        self,
+        all_addresses: Sequence[Sequence[int]],
+        all_sizes: Sequence[Sequence[int]],
+        *,
+        is_strict: bool,
+    ) -> list[Pieces | None]:
+        """The memory of each value; None for what is no memory or, if it is strict, not registered.
 
-    def _cover(self, pieces: Pieces) -> bool:
-        """Whether each piece lies in one region."""
-        begins, ends = self._bounds
-        addresses = np.array(pieces.addresses, np.uint64)
-        lasts = addresses + np.array(pieces.sizes, np.uint64)
+        `all_addresses` and `all_sizes` are of equal length.
+        """
+        values = [Pieces(*value) for value in zip(all_addresses, all_sizes, strict=True)]
+        lengths = [len(value.addresses) for value in values]
+        if 0 not in lengths and lengths == [len(value.sizes) for value in values]:
+            with contextlib.suppress(OverflowError):  # a negative number
+                addresses = np.array(list(chain.from_iterable(all_addresses)), np.uint64)
+                sizes = np.array(list(chain.from_iterable(all_sizes)), np.uint64)
+                if self._are_fine(addresses, sizes, is_strict):
+                    return list(values)
+        return [self._checked(value, is_strict) for value in values]
+
+    def _are_fine(self, addresses: _Addresses, sizes: _Addresses, is_strict: bool) -> bool:
+        """Whether no piece is empty, and each lies in one region."""
+        ends = addresses + sizes  # where that overflows, the end is before the beginning
+        if not np.all((addresses > 0) & (addresses < ends)):
+            return False
+        begins, region_ends = self._bounds
         places = np.searchsorted(begins, addresses, side="right")
-        return bool(np.all(places > 0) and np.all(lasts <= ends[places - 1]))
+        return not is_strict or bool(np.all(places > 0) and np.all(ends <= region_ends[places - 1]))
+
+    def _checked(self, value: Pieces, is_strict: bool) -> Pieces | None:
+        if value.is_sound():
+            value = value.leading(value.num_bytes)
+            addresses, sizes = (np.array(numbers, np.uint64) for numbers in value)
+            if self._are_fine(addresses, sizes, is_strict):
+                return value
+        level = logging.DEBUG if self._has_warned else logging.WARNING
+        self._has_warned = True
+        logger.log(level, "memory that is none or not registered is refused: %s", value)
+        return None
 
 
 class MooncakeHostMemAllocator:

@@ -105,9 +105,14 @@ class Objects:
         """The entry of each key. A value may be gone that has one."""
         entries = np.zeros(len(keys), _ENTRY)
         if len(keys):
-            rows = kvstore.ContiguousBlocks(entries.view(np.uint8).reshape(len(keys), -1))
-            arrived = self._index.load_each(key_names(keys), rows)
-            entries[~arrived | (entries["magic"] != _MAGIC)] = np.zeros((), _ENTRY)
+            names, rows = key_names(keys), _rows(entries)
+            # Mostly all are there, or those that come first: that takes one request less.
+            found = self._index.load(names, rows).wait().num_blocks
+            if found < len(keys):
+                places = np.arange(found, len(keys))
+                arrived = self._index.load_each(names[found:], rows, places)
+                entries[places[~arrived]] = np.zeros((), _ENTRY)
+            entries[entries["magic"] != _MAGIC] = np.zeros((), _ENTRY)
         return entries
 
     def exist(self, entries: Entries) -> Flags:
@@ -172,15 +177,23 @@ class Objects:
             sources: sound.
         """
         codes = [OK] * len(keys)
-        old = self.find(keys)
-        is_readable = self.exist(old)
-        gone = np.flatnonzero((old["num_bytes"] != 0) & ~is_readable)
-        if len(gone):  # evicted; its entry would be taken for that of the new value
-            self._index.remove(key_names(keys[place] for place in gone))
+        is_readable = self._clean(keys)
         todo = np.flatnonzero(~is_readable).tolist()
         entries = self._put_values(todo, sources, codes)
         self._put_entries(keys, [place for place in todo if codes[place] == OK], entries, codes)
         return codes
+
+    def _clean(self, keys: Sequence[str]) -> Flags:
+        """Which keys have a value; of others, remove the entries that were left behind: they would
+        be taken for those of new values."""
+        if not self._index.contains(key_names(keys)).any():
+            return np.zeros(len(keys), bool)
+        entries = self.find(keys)
+        is_readable = self.exist(entries)
+        left = np.flatnonzero((entries["num_bytes"] != 0) & ~is_readable).tolist()
+        if left:
+            self._index.remove(key_names(keys[place] for place in left))
+        return is_readable
 
     def _put_values(self, todo: list[int], sources: Sequence[Pieces], codes: list[int]) -> Entries:
         """Store the values at these places under new names; return entries for all places."""
@@ -212,7 +225,8 @@ class Objects:
         result = store.put(names, buffers).wait()
         if result.num_blocks == len(names):
             return [OK] * len(names)
-        return np.where(store.contains(names), OK, _refusal(result)).tolist()
+        code = _refusal(result)
+        return [OK if is_there else code for is_there in store.contains(names)]
 
     def _put_entries(
         self, keys: Sequence[str], places: list[int], entries: Entries, codes: list[int]
@@ -222,8 +236,7 @@ class Objects:
             return
         ours = entries[places]
         named = [keys[place] for place in places]
-        rows = kvstore.ContiguousBlocks(ours.view(np.uint8).reshape(len(places), -1))
-        result = self._index.put(key_names(named), rows).wait()
+        result = self._index.put(key_names(named), _rows(ours)).wait()
         if result.num_stored == len(places):
             return
         now = self.find(named)
@@ -240,7 +253,7 @@ class Objects:
         if len(keys):
             self._index.remove(key_names(keys))
         self._drop_values(entries[entries["num_bytes"] != 0])
-        return np.where(is_there, OK, OBJECT_NOT_FOUND).tolist()
+        return [OK if found else OBJECT_NOT_FOUND for found in is_there]
 
     def clear(self) -> None:
         """Remove everything of the tenant. Slots of sizes that we never used are left to eviction;
@@ -330,6 +343,10 @@ class _Padding:
 
 def _refusal(result: kvstore.TransferResult) -> int:
     return RPC_FAIL if result.num_unavailable else NO_AVAILABLE_HANDLE
+
+
+def _rows(entries: Entries) -> kvstore.ContiguousBlocks:
+    return kvstore.ContiguousBlocks(entries.view(np.uint8).reshape(len(entries), -1))
 
 
 def _names(entries: Entries) -> kvstore.BlockHashes:

@@ -15,6 +15,8 @@ from .objects import Objects
 
 logger = logging.getLogger(__name__)
 
+_ATTEMPTS = 10  # a daemon that has just been started listens before it answers
+
 
 def _is_true(value: Any) -> bool:
     return str(value).strip().lower() in ("1", "true", "yes", "on")
@@ -47,14 +49,18 @@ class Setup:
     def open(self) -> Objects | int:
         """Return the code of why not when it fails, and log the reason."""
         tenant = "" if self.tenant_id == "default" else self.tenant_id
-        try:
-            return Objects(self._connect, tenant)
-        except kvstore.KVStoreError as error:
-            logger.error("setup: master_server_addr %r: %s", self.master_server_addr, error)
-            is_away = isinstance(
-                error, kvstore.PeerUnavailableError | kvstore.DeadlineExceededError
-            )
-            return RPC_FAIL if is_away else INVALID_PARAMS
+        error: kvstore.KVStoreError
+        for _ in range(_ATTEMPTS):
+            try:
+                return Objects(self._connect, tenant)
+            except kvstore.DeadlineExceededError as late:
+                error = late
+            except kvstore.KVStoreError as refused:
+                error = refused
+                break
+        logger.error("setup: master_server_addr %r: %s", self.master_server_addr, error)
+        is_away = isinstance(error, kvstore.PeerUnavailableError | kvstore.DeadlineExceededError)
+        return RPC_FAIL if is_away else INVALID_PARAMS
 
     def _connect(self, namespace: kvstore.Namespace, *, required: bool) -> kvstore.Store:
         return kvstore.connect(

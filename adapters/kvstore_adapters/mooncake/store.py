@@ -371,10 +371,7 @@ class MooncakeDistributedStore:
         if not len(keys) == len(all_addresses) == len(all_sizes):
             return [None] * len(keys)
         is_strict = self._setup is None or self._setup.require_registration
-        return [
-            self._regions.pieces(addresses, sizes, is_strict=is_strict)
-            for addresses, sizes in zip(all_addresses, all_sizes, strict=True)
-        ]
+        return self._regions.pieces(all_addresses, all_sizes, is_strict=is_strict)
 
     def _ask(self, work: Callable[[Objects], _Value], otherwise: Callable[[int], _Value]) -> _Value:
         """What `work` returns, or what `otherwise` makes of a code."""

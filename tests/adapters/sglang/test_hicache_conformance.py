@@ -19,6 +19,7 @@ import torch
 from sglang.srt.mem_cache.hicache_storage import STORAGE_BATCH_SIZE
 
 from kvstore.bench.serving import PrivateDaemon
+from kvstore_adapters import compat
 from tests.adapters.sglang import support
 from tests.adapters.sglang.support import Engine, keys
 
@@ -275,6 +276,16 @@ def test_sizes_of_tensor_parallelism_share_pages_by_groups_of_heads(
 def test_heads_that_cannot_be_split_fail_the_attach(make: Make) -> None:
     with pytest.raises(Exception, match="tp_lcm_size"):
         make(support.mha_pool("page_first", heads=1), tp_lcm_size=4)
+
+
+def test_another_release_of_sglang_is_told_at_start(
+    make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    make(support.mha_pool("page_first"))
+    assert "tested with" not in caplog.text
+    monkeypatch.setitem(compat.TESTED, "sglang", ("0.4.0", "0.4.9"))
+    make(support.mha_pool("page_first"))
+    assert "sglang 0.5.23: kvstore was tested with sglang 0.4.0 to 0.4.9" in caplog.text
 
 
 def test_an_unknown_setting_fails_the_attach(make: Make) -> None:
