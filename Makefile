@@ -10,7 +10,7 @@ TORCHED := $(VENV)/.torch
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
 CXX ?= g++
 
-.PHONY: all demo test test-all lint format bench vllm vllm-all sanitize fuzz wheel clean tools
+.PHONY: all demo test test-all lint format bench vllm vllm-all sglang sglang-all sanitize fuzz wheel clean tools
 all: lint test
 
 tools:
@@ -73,6 +73,25 @@ vllm: $(VLLM_VENV)/.built
 # With two OpenAI servers and the slower modes: some twenty engines more.
 vllm-all: $(VLLM_VENV)/.built
 	$(VLLM_VENV)/bin/python -m pytest -m vllm $(ARGS)
+
+# Real SGLang on a CPU, likewise. It hashes pages by an extension that it builds at its first start,
+# which needs OpenSSL's headers; stubs stand in for packages without a build for CPUs.
+SGLANG_VENV ?= .venv-sglang
+SGLANG_PINS := tests/adapters/sglang/requirements.txt
+$(SGLANG_VENV)/.built: $(SGLANG_PINS) pyproject.toml setup.py $(NATIVE) | tools
+	@echo '#include <openssl/sha.h>' | $(CXX) -E -x c++ - >/dev/null 2>&1 || { echo "make: OpenSSL's headers are missing (Debian: apt-get install libssl-dev)"; exit 1; }
+	test -d $(SGLANG_VENV) || $(PYTHON) -m venv $(SGLANG_VENV)
+	$(SGLANG_VENV)/bin/pip install -q torch==2.13.0
+	$(SGLANG_VENV)/bin/pip install -q --no-deps -r $(SGLANG_PINS)
+	$(SGLANG_VENV)/bin/pip install -q -e '.[test]' -c $(SGLANG_PINS)
+	touch $@
+
+sglang: $(SGLANG_VENV)/.built
+	PATH="$(abspath $(SGLANG_VENV))/bin:$$PATH" OMP_NUM_THREADS=1 $(SGLANG_VENV)/bin/python -m pytest -m "sglang and not slow" $(ARGS)
+
+# With whole engines in processes of their own.
+sglang-all: $(SGLANG_VENV)/.built
+	PATH="$(abspath $(SGLANG_VENV))/bin:$$PATH" OMP_NUM_THREADS=1 $(SGLANG_VENV)/bin/python -m pytest -m sglang $(ARGS)
 
 # Native code under AddressSanitizer and UBSan through the Python tests, then the threaded C++ tests
 # under ThreadSanitizer. Torch is kept out: it is not instrumented.

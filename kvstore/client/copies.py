@@ -43,17 +43,17 @@ class Copies:
         return Granted(0, _NONE, _NONE, _NONE, _NONE, self._landing.memory, self._landing.address)
 
     def acquire(
-        self, session: Session, hashes: BlockHashes, ttl: float | None, timeout: float
+        self, session: Session, hashes: BlockHashes, ttl: float | None, timeout: float, spent: float
     ) -> tuple[Granted, bool]:
-        """Lease and fetch leading blocks.
+        """Lease and fetch leading blocks; `spent` seconds of the time for it are gone already.
 
         Returns what arrived whole, and whether the block after that arrived damaged.
         """
-        deadline = time.monotonic() + timeout + session.timeout
+        deadline = time.monotonic() - spent + timeout + session.timeout
         hashes = hashes[: self._landing.capacity]
         lease, _, _, _, checksums = session.ask(
             Connection.acquire,
-            timeout,
+            timeout - spent,
             -1.0 if ttl is None else ttl,
             timeout,
             0,

@@ -114,6 +114,7 @@ class Link:
         self._timeout = timeout
         self._outages = outages
         self._lock = threading.Lock()
+        self._tried = threading.Condition(self._lock)  # an attempt ended, or the link was closed
         self._closing = threading.Event()
         self._breaker = Breaker(time.monotonic)
         self._unsettled: list[Session] = []
@@ -138,6 +139,7 @@ class Link:
                 self._refusal = ""
                 # Before anybody can use the session, and find it lost: that opens it again.
                 self._breaker.succeeded()
+                self._tried.notify_all()
                 return session
         session.close()
         raise PeerUnavailableError(f"{self._target.address}: lost at once")
@@ -170,6 +172,17 @@ class Link:
             raise PeerUnavailableError(f"the daemon is away: {self._why}")
         return session
 
+    def renewed(self, deadline: float) -> Session | None:
+        """Return the session that follows one just lost, if it is had by `deadline` (monotonic
+        clock); None once the first attempt has failed."""
+        with self._tried:
+            while self.session is None:
+                left = deadline - time.monotonic()
+                if left <= 0 or self._breaker.wait_seconds() > 0 or self._closing.is_set():
+                    return None
+                self._tried.wait(left)
+            return self.session
+
     def require_open(self) -> None:
         if self._closing.is_set():
             raise StoreClosedError("the store is closed")
@@ -181,6 +194,7 @@ class Link:
             session, self.session = self.session, None
             unsettled, self._unsettled = self._unsettled, []
             thread = self._thread
+            self._tried.notify_all()
         for ended in [session, *unsettled]:
             if ended is not None:
                 ended.close()
@@ -250,6 +264,7 @@ class Link:
             with self._lock:
                 self._why = why
                 self._breaker.failed(_REFUSED_SECONDS if is_refused else 0.0)
+                self._tried.notify_all()
                 is_new = is_refused and why != self._refusal and not self._closing.is_set()
                 if is_new:
                     self._refusal = why

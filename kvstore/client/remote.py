@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -101,9 +102,7 @@ class RemoteControl:
 
     def match(self, hashes: BlockHashes) -> int:
         try:
-            return self._session().ask(
-                Connection.match, 0.0, hashes.array, hashes.start, hashes.parent
-            )
+            return self._ask(Connection.match, hashes.array, hashes.start, hashes.parent)
         except KVStoreError as error:
             self._missed(error)
             return 0
@@ -111,18 +110,14 @@ class RemoteControl:
     def lookup(self, hashes: BlockHashes, prefetch: bool) -> tuple[int, int]:
         flags = _IS_PREFETCH if prefetch else 0
         try:
-            return self._session().ask(
-                Connection.lookup, 0.0, flags, hashes.array, hashes.start, hashes.parent
-            )
+            return self._ask(Connection.lookup, flags, hashes.array, hashes.start, hashes.parent)
         except KVStoreError as error:
             self._missed(error)
             return 0, 0
 
     def residency(self, hashes: BlockHashes) -> npt.NDArray[np.uint8]:
         try:
-            return self._session().ask(
-                Connection.residency, 0.0, hashes.array, hashes.start, hashes.parent
-            )
+            return self._ask(Connection.residency, hashes.array, hashes.start, hashes.parent)
         except KVStoreError as error:
             self._missed(error)
             return np.zeros(len(hashes), np.uint8)
@@ -150,21 +145,33 @@ class RemoteControl:
     def acquire(self, hashes: BlockHashes, ttl: float | None, timeout: float) -> Granted:
         try:
             session = self._session()
-            if not session.welcome.may_map:
-                return self._fetch(session, hashes, ttl, timeout)
-            lease, offsets, headers, sequences, checksums = session.ask(
-                Connection.acquire,
-                timeout,
-                -1.0 if ttl is None else ttl,
-                timeout,
-                0,
-                hashes.array,
-                hashes.start,
-                hashes.parent,
-            )
+            began = time.monotonic()
+            try:
+                return self._acquire(session, hashes, ttl, timeout, 0.0)
+            except PeerUnavailableError:
+                fresh = self._fresh(session, began)
+                if fresh is None:
+                    raise
+            return self._acquire(fresh, hashes, ttl, timeout, time.monotonic() - began)
         except KVStoreError as error:
             self._missed(error)
             return self._copies.nothing()
+
+    def _acquire(
+        self, session: Session, hashes: BlockHashes, ttl: float | None, timeout: float, spent: float
+    ) -> Granted:
+        if not session.welcome.may_map:
+            return self._fetch(session, hashes, ttl, timeout, spent)
+        lease, offsets, headers, sequences, checksums = session.ask(
+            Connection.acquire,
+            timeout - spent,
+            -1.0 if ttl is None else ttl,
+            timeout,
+            0,
+            hashes.array,
+            hashes.start,
+            hashes.parent,
+        )
         arena = session.arena
         assert arena.readable is not None
         if lease:
@@ -172,9 +179,9 @@ class RemoteControl:
         return Granted(lease, offsets, headers, sequences, checksums, arena.readable, arena.address)
 
     def _fetch(
-        self, session: Session, hashes: BlockHashes, ttl: float | None, timeout: float
+        self, session: Session, hashes: BlockHashes, ttl: float | None, timeout: float, spent: float
     ) -> Granted:
-        granted, is_damaged = self._copies.acquire(session, hashes, ttl, timeout)
+        granted, is_damaged = self._copies.acquire(session, hashes, ttl, timeout, spent)
         if is_damaged:
             self.report_corrupt(hashes[len(granted.offsets)])
         return granted
@@ -339,6 +346,26 @@ class RemoteControl:
         """
         self.require_open()
         self._outages.add_call(error)
+
+    def _ask(self, method: Callable[..., _Value], *arguments: Any) -> _Value:
+        """Ask for what changes nothing."""
+        session = self._session()
+        began = time.monotonic()
+        try:
+            return session.ask(method, 0.0, *arguments)
+        except PeerUnavailableError:
+            fresh = self._fresh(session, began)
+            if fresh is None:
+                raise
+        return fresh.ask(method, began - time.monotonic(), *arguments)
+
+    def _fresh(self, session: Session, began: float) -> Session | None:
+        """Return a session to ask again, where the old one turned out to be dead: its daemon was
+        started anew while nobody asked it anything. None where it hung, where nobody listens now,
+        or where too little of the time since `began` is left."""
+        if not session.is_dead:
+            return None
+        return self._link.renewed(began + session.timeout / 2)
 
     def _session(self) -> Session:
         link = self._link

@@ -102,6 +102,7 @@ class Session:
         self.tag = generation << _TAG_SHIFT
         self.writers = Writers()
         self.is_lost = False
+        self.is_dead = False  # lost since the other end was closed: it does not hang
         self.has_written = False  # asked for slots of a mapped arena, granted or not
         self._on_lost = on_lost
         self._lock = threading.Lock()  # guards _open and is_lost
@@ -143,7 +144,7 @@ class Session:
             connection = self._idle.pop()
         except IndexError:
             began = time.monotonic()
-            connection = self._join()
+            connection = self._join(min(timeout, self.timeout))
             timeout = max(timeout - (time.monotonic() - began), 0.001)
         try:
             answer = method(connection, *arguments, timeout)
@@ -152,6 +153,7 @@ class Session:
             raise error_of(error) from None
         except (OSError, ProtocolError) as error:
             self._discard(connection)
+            self.is_dead |= isinstance(error, OSError) and not isinstance(error, TimeoutError)
             raise self._lose(unreachable(error)) from error
         except BaseException as error:
             if connection.fileno() >= 0:  # an argument was refused: nothing was sent
@@ -239,13 +241,14 @@ class Session:
         except OSError as error:  # no memory for it here
             raise StorageError(error.errno or 0, f"arena: cannot be mapped: {error}") from error
 
-    def _join(self) -> Connection:
+    def _join(self, timeout: float) -> Connection:
         """Return one more connection of this client."""
         if self.is_lost:
             raise PeerUnavailableError(f"{self._target.address}: the session is over")
         try:
-            connection, _ = dial(self._target, self.welcome.token, self.timeout)
+            connection, _ = dial(self._target, self.welcome.token, timeout)
         except (KVStoreError, ValueError, LookupError, TypeError) as error:
+            self.is_dead |= not isinstance(error, DeadlineExceededError)
             raise self._lose(error) from error
         with self._lock:
             self._open.add(connection)

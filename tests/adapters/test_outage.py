@@ -90,8 +90,16 @@ def expected(model: checkpoint.Checkpoint) -> list[list[int]]:
     return tokens
 
 
+def is_stopped(pid: int) -> bool:
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return all((task / "stat").read_text().rpartition(") ")[2][0] == "T" for task in tasks)
+
+
 def stop(daemon: PrivateDaemon) -> Callable[[], object]:
     os.kill(daemon.pid, signal.SIGSTOP)
+    give_up = time.monotonic() + WAIT_SECONDS_MAX
+    while not is_stopped(daemon.pid):  # its threads stop one after the other
+        assert time.monotonic() < give_up
     return lambda: os.kill(daemon.pid, signal.SIGCONT)
 
 

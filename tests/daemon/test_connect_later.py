@@ -4,7 +4,8 @@ Real daemons, started after their client, stopped, killed and started again, and
 attempts are counted. Proved: `connect(required=False)` returns whether nobody listens or whoever
 does hangs; all is a miss until a daemon answers, and then as if it had been there from the start,
 also by what it tells its clients; who is refused hears of it at once if the daemon is there, else
-in one line of the log; a forked child finds the daemon for itself.
+in one line of the log; a forked child finds the daemon for itself; a restart between two calls is
+no miss.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import logging
 import os
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -24,6 +25,11 @@ import kvstore
 from kvstore import wire
 from kvstore.client import RemoteControl
 from kvstore.control import Terms
+from kvstore.daemon.server import Server
+from kvstore.daemon.sockets import listen_tcp, listen_unix
+from kvstore.daemon.tenants import Tenants
+from kvstore.tiers.local import LocalControl
+from tests import store_support
 from tests.daemon.daemon_support import SIZE, SPEC, Daemon, chain, clean_up, content, wait_until
 from tests.daemon.fake_daemon import FakeDaemon
 from tests.daemon.test_client_races import in_child
@@ -156,3 +162,89 @@ def test_a_store_without_its_daemon_closes_and_leaves_no_thread(directory: Path)
     assert not thread.is_alive()
     with pytest.raises(kvstore.StoreClosedError):
         store.match(chain(1, 4))
+
+
+# --- the first call after a restart that nobody noticed
+
+
+LOOKS = {
+    "match": lambda store: store.match(chain(1, 4)) == 3,
+    "lookup": lambda store: store.lookup(chain(1, 4)).num_blocks == 3,
+    "contains": lambda store: store.contains(chain(1, 4)).all(),
+}
+ANSWERS = {
+    wire.Op.LOOKUP: lambda _: wire.pack_u64(3) + wire.pack_u64(3),
+    wire.Op.RESIDENCY: lambda _: b"\1\1\1\1",
+}
+
+
+LOOK_OPS = (wire.Op.MATCH, *ANSWERS)
+
+
+def cut_off(_: bytes) -> None:
+    raise OSError  # the fake closes the connection
+
+
+def unavailable(store: kvstore.Store) -> int:
+    control = store.control
+    assert isinstance(control, RemoteControl)
+    return control._outages.snapshot()["kvstore_unavailable_calls_total"]
+
+
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
+def test_a_restart_while_nobody_asked_costs_no_miss(
+    directory: Path, look: Callable[[kvstore.Store], bool]
+) -> None:
+    with FakeDaemon(directory / "s", ANSWERS) as first, connect(first.address) as store:
+        assert look(store)
+        first.die()
+        with FakeDaemon(directory / "s", ANSWERS) as second:
+            assert look(store)
+            assert unavailable(store) == 0
+            # Who fails again soon after is asked no more than once.
+            second.answers.update(dict.fromkeys(LOOK_OPS, cut_off))
+            assert not look(store)
+            assert 2 <= sum(second.count(op) for op in LOOK_OPS) <= 3
+
+
+def load_each(store: kvstore.Store, hashes: kvstore.BlockHashes) -> int:
+    room = store_support.buffers_of(hashes)
+    return int(np.count_nonzero(store.load_each(hashes, room)))
+
+
+@pytest.mark.parametrize("call", [store_support.load, load_each])
+@pytest.mark.parametrize("kind", ["unix", "tcp"])
+def test_a_load_that_comes_first_after_a_restart_hits(
+    directory: Path, kind: str, call: Callable[[kvstore.Store, kvstore.BlockHashes], int]
+) -> None:
+    hashes, secret = store_support.chain(1, 4), "a secret of this test's own"
+    tenants = Tenants({}, {"": secret.encode()}, os.getuid())
+    with store_support.open_store() as kept:
+        control = kept.control
+        assert isinstance(control, LocalControl)
+
+        def serve(port: int = 0) -> Server:
+            tcp = kind == "tcp"
+            listener = listen_tcp("127.0.0.1", port) if tcp else listen_unix(directory / "s")
+            return Server(control.tiers, [listener], tenants=tenants)
+
+        server = serve()
+        token = secret if kind == "tcp" else None
+        with kvstore.connect(server.address, store_support.NAMESPACE, token=token) as store:
+            assert store_support.put(store, hashes).num_stored == 4
+            server.close()
+            server = serve(int(server.address.rpartition(":")[2]) if kind == "tcp" else 0)
+            assert call(store, hashes) == 4
+            assert unavailable(store) == 0
+        server.close()
+
+
+def test_who_takes_the_place_of_a_dead_daemon_and_hangs_costs_no_more_than_the_deadline(
+    directory: Path,
+) -> None:
+    with FakeDaemon(directory / "s") as first, connect(first.address, timeout=0.2) as store:
+        assert store.match(chain(1, 4)) == 3
+        first.die()
+        with FakeDaemon(directory / "s", {wire.Op.HELLO: lambda _: None}):
+            assert store.match(chain(1, 4)) == 0
+            assert unavailable(store) == 1

@@ -20,7 +20,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,7 @@ import numpy.typing as npt
 from kvstore import Store
 
 from .chains import Chain
-from .groups import Group, alignment_tokens, hit_tokens
+from .groups import Group, alignment_tokens, hit_tokens, needed_blocks
 from .notices import Notices
 from .shards import Shards
 
@@ -112,8 +112,8 @@ class Lookups:
             wait_seconds: for so long. Then what is there counts.
         """
         now = time.monotonic()
-        known = min(want_tokens, limit_tokens, len(chain) * chain.hash_tokens)
-        want = max(0, known) // self._step * self._step  # what `result` can be
+        # No more than `result` can be.
+        want = self._whole(min(want_tokens, limit_tokens, len(chain) * chain.hash_tokens))
         wait_until = now + (wait_seconds if want else 0.0)
         entry = _Lookup(chain, limit_tokens, wait_until + self._timeout, want, wait_until)
         with self._lock:
@@ -217,35 +217,49 @@ class Lookups:
             if count == 0:
                 continue
             last = entry.chain.blocks(group, count - 1, count)
-            for rank in self._shards.ranks:
-                if not self._shards.store(rank, group.group_id).contains(last).all():
-                    return False
+            if not all(store.contains(last).all() for store in self._stores(group)):
+                return False
         return True
 
     def _tokens(self, chain: Chain, limit: int) -> int:
-        """Ask all shards. Each is asked only for what those before it left possible."""
-        most = limit
-        present: list[npt.NDArray[np.bool_]] = []
-        # Full attention first: it is asked for whole prefixes, and bounds the rest.
-        groups = sorted(self._groups, key=lambda group: group.kind != "full")
-        for group in groups:
-            there = np.ones(min(most // group.block_tokens, chain.num_blocks(group)), np.bool_)
-            for rank in self._shards.ranks:
-                if not there.any():
-                    break
-                store = self._shards.store(rank, group.group_id)
-                there = self._look(store, chain, group, there)
-            present.append(there)
+        """Ask all shards, each only for what those before it left possible."""
+        end = self._whole(min(limit, len(chain) * chain.hash_tokens))
+        windows = [group for group in self._groups if group.kind == "window"]
+        for group in self._groups:
             if group.kind == "full":
-                most = min(most, len(there) * group.block_tokens)
-        return hit_tokens(groups, present, most)
+                for store in self._stores(group) if end else ():
+                    blocks = chain.blocks(group, 0, end // group.block_tokens)
+                    found = store.lookup(blocks, prefetch=True).num_blocks
+                    end = self._whole(min(end, found * group.block_tokens))
+        if end == 0 or all(self._has_window(chain, group, end) for group in windows):
+            return end
+        # The last window is not whole. Which are?
+        present = [self._present(chain, group, end) for group in self._groups]
+        return hit_tokens(self._groups, present, end)
 
-    def _look(
-        self, store: Store, chain: Chain, group: Group, there: npt.NDArray[np.bool_]
-    ) -> npt.NDArray[np.bool_]:
-        """Return which of the blocks that were there so far are in this store too."""
-        blocks = chain.blocks(group, 0, len(there))
-        if group.kind == "full":
-            return there[: store.lookup(blocks, prefetch=True).num_blocks]
-        flags: npt.NDArray[np.bool_] = there & store.contains(blocks)
-        return flags
+    def _has_window(self, chain: Chain, group: Group, end: int) -> bool:
+        needed = needed_blocks(group, 0, end)
+        blocks = chain.blocks(group, needed.start, needed.stop)
+        return all(
+            store.lookup(blocks, prefetch=True).num_blocks == len(blocks)
+            for store in self._stores(group)
+        )
+
+    def _present(self, chain: Chain, group: Group, end: int) -> npt.NDArray[np.bool_]:
+        """Return which of a group's blocks are in the stores of all ranks. Those of full attention
+        are known to be."""
+        there = np.ones(end // group.block_tokens, np.bool_)
+        if group.kind == "window":
+            blocks = chain.blocks(group, 0, len(there))
+            for store in self._stores(group):
+                there &= store.contains(blocks)
+        return there
+
+    def _stores(self, group: Group) -> Iterator[Store]:
+        """Yield the stores of a group, one a rank."""
+        for rank in self._shards.ranks:
+            yield self._shards.store(rank, group.group_id)
+
+    def _whole(self, tokens: int) -> int:
+        """Return the tokens of a prefix that are whole blocks in every group."""
+        return max(0, tokens) // self._step * self._step

@@ -70,6 +70,7 @@ class Planner:
         self._has_windows = any(group.kind == "window" for group in self._groups)
         self._lookups = lookups
         self._settings = settings
+        self.source = settings.source  # may be known better later
         self._clock = clock
         self._requests: dict[str, TrackedRequest] = {}
         self._loads: list[LoadJob] = []
@@ -119,7 +120,7 @@ class Planner:
         request.push_to, wrong = handover.push_target(transfer_params, settings.push_targets)
         self._warn(wrong)
         if settings.can_load:
-            want, wrong = handover.promised_tokens(transfer_params, chain, settings.source)
+            want, wrong = handover.promised_tokens(transfer_params, chain, self.source)
             self._warn(wrong)
             self._look_up(request_id, request, want)
         if settings.can_save:
@@ -334,7 +335,7 @@ class Planner:
             self._counters.dropped_blocks += left * self._step_blocks
         if not (self._settings.can_save and request.wants_params and request.saved):
             return None
-        return handover.describe(request.saved, request.chain, self._settings.source)
+        return handover.describe(request.saved, request.chain, self.source)
 
     def clear(self) -> None:
         """The store was emptied, say because the weights are others now: requests that are here

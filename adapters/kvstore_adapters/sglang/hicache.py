@@ -36,6 +36,8 @@ from sglang.srt.mem_cache.hicache_storage import (
     PoolTransferResult,
 )
 
+from kvstore_adapters.compat import check_release
+from kvstore_adapters.daemon_start import ensure_daemon
 from kvstore_adapters.planning.notices import Notices
 from kvstore_adapters.planning.shards import Shards
 from kvstore_adapters.sglang import hit_policies
@@ -60,8 +62,10 @@ class KVStoreHiCache(HiCacheStorage):
     """
 
     def __init__(self, storage_config: HiCacheStorageConfig, kwargs: dict[str, Any]) -> None:
+        check_release("sglang")
         extra = dict(storage_config.extra_config or {})
         self._settings = settings_of(extra)
+        ensure_daemon(self._settings)
         self._is_flat = not extra.get("interface_v1")
         self._rank = Rank.of(storage_config)
         self._is_writer = storage_config.is_storage_writer
@@ -121,7 +125,7 @@ class KVStoreHiCache(HiCacheStorage):
     def batch_exists(
         self, keys: Sequence[str], extra_info: HiCacheStorageExtraInfo | None = None
     ) -> int:
-        return hit_policies.leading(self._contains(_KV, keys))
+        return self._try(_KV, lambda pool: pool.match(block_hashes(keys)), 0)
 
     def batch_exists_v2(
         self,

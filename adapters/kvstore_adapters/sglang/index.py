@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Sequence
-from itertools import takewhile
 
 from kvstore import AllBlocksCleared, BlockRemoved, BlockStored
 
@@ -36,7 +35,7 @@ class HashIndex:
 
     def leading(self, hashes: Sequence[str]) -> int:
         """Return how many leading pages are known."""
-        return sum(1 for _ in takewhile(self._known.__contains__, hashes))
+        return [*map(self._known.__contains__, hashes), False].index(False)
 
     def add(self, hashes: Iterable[str]) -> None:
         with self._lock:

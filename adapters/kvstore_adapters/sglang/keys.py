@@ -111,9 +111,10 @@ def block_hashes(keys: Sequence[str]) -> BlockHashes:
     only its own tiers have; linked blocks would be refused then.
     """
     try:
-        packed = bytes.fromhex("".join(keys))
+        has_digits = set(map(len, keys)) <= {_HEX_DIGITS}
+        packed = bytes.fromhex("".join(keys)) if has_digits else b""
     except ValueError:
         packed = b""
-    if len(packed) * 2 != len(keys) * _HEX_DIGITS or any(len(key) != _HEX_DIGITS for key in keys):
+    if len(packed) * 2 != len(keys) * _HEX_DIGITS:
         packed = b"".join(hashlib.sha256(b"sglang key\0" + key.encode()).digest() for key in keys)
     return BlockHashes.of(np.frombuffer(packed, np.uint8).reshape(-1, 32))

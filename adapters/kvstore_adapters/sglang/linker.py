@@ -58,7 +58,7 @@ PIN_SECONDS = 30.0  # from the lookup of a request to the end of its load
 PIN_WAIT_SECONDS = 0.02  # that admission waits for a pin; computing the prefix costs more
 EVENT_SECONDS = 0.5  # between looks at what others stored and what went
 CLOSE_SECONDS = 5.0
-OFFLOAD_FRACTION = 4  # a quarter of the device pages may be on their way out
+OFFLOAD_FRACTION = 2  # half of the device pages may be on their way out, and kept meanwhile
 
 _KV = "kv"  # SGLang's name of the main pool
 
@@ -84,12 +84,11 @@ class KVStoreLinker(UnifiedCacheLinker):
         self._group = pool_group(params, components)
         self.pools = self._group.entry_map
         self.layer_done_counter = LayerWiseLoadCounter(self._group.num_layers)
-        rank = rank_of(self._group.rank_replicated)
+        rank = rank_of(params, self._group.rank_replicated)
         self._is_alone = is_alone()
         self._is_writer = not rank.is_replicated or rank.tp_rank == 0
         self._notices = Notices(logger)
-        name = getattr(server_args, "served_model_name", None)
-        self._pages = self._open(rank, name)
+        self._pages = self._open(rank)
         self._indexes = {name: HashIndex(INDEX_PAGES) for name in self._pages}
         self._queued: dict[str, LoadJob] = {}
         self._pins = Pins(
@@ -110,13 +109,13 @@ class KVStoreLinker(UnifiedCacheLinker):
         num_pages = min(pages.pieces.num_pages for pages in self._pages.values())
         self._saver = Saver(self._pages, self._stored, max(1, num_pages // OFFLOAD_FRACTION))
 
-    def _open(self, rank: Rank, model_name: str | None) -> dict[str, DevicePages]:
+    def _open(self, rank: Rank) -> dict[str, DevicePages]:
         settings = self._settings
-        model = model_of(model_name, settings)
+        model = model_of(None, settings)
         opened: dict[str, DevicePages] = {}
         for pool_name, entry in self.pools.items():
             name = _name(pool_name)
-            block = block_of(name, entry, Pieces.of(entry))
+            block = block_of(entry, Pieces.of(entry))
             store = kvstore.connect(
                 settings.address,
                 namespace_of(name, block, rank, model),

@@ -1,7 +1,8 @@
 """SGLang's device pools of one engine as the linker moves them.
 
 SGLang 0.5.23 describes the pools of hybrid models for linkers, and refuses plain MHA and MLA models
-(its own host cache serves those); for them the description is made here, from the same parts.
+and those with sliding windows (its own host cache serves them); for them the description is made
+here, from the same parts.
 """
 
 from __future__ import annotations
@@ -33,12 +34,14 @@ def pool_group(params: Any, components: set[Any]) -> DevicePoolGroup:
         ConfigError: pages of this model cannot be moved by a linker.
     """
     pool = params.token_to_kv_pool_allocator.get_kvcache()
-    entry = None
-    if components == {ComponentType.FULL} and not params.sidecar_draft_device_pools:
-        entry = _plain_entry(pool, params.page_size)
-    if entry is not None:
-        is_latent = len(entry.components[0]) == pool.layer_num
-        return DevicePoolGroup([entry], pool.layer_num, params.page_size, rank_replicated=is_latent)
+    entries: list[DevicePoolEntry | None] = [None]
+    if not params.sidecar_draft_device_pools and not params.mtp_draft_device_pools:
+        entries = _plain_entries(pool, components, params.page_size)
+    known = [entry for entry in entries if entry is not None]
+    if len(known) == len(entries):
+        num_layers = 1 + max(max(entry.layer_mapping) for entry in known)
+        is_latent = all(type(entry.device_pool) is _plain_types()[1] for entry in known)
+        return DevicePoolGroup(known, num_layers, params.page_size, rank_replicated=is_latent)
     try:
         return resolve_hybrid_device_pool_group(
             kvcache=pool, page_size=params.page_size, params=params, components=components
@@ -50,21 +53,22 @@ def pool_group(params: Any, components: set[Any]) -> DevicePoolGroup:
         ) from error
 
 
-def rank_of(is_replicated: bool) -> Rank:
+def rank_of(params: Any, is_replicated: bool) -> Rank:
     """This process's place in the deployment, as HiCache would describe it to its storage."""
     from sglang.srt.layers.dp_attention import is_dp_attention_enabled
 
     parallel = get_parallel()
     is_dp = is_dp_attention_enabled()
+    dcp_size = parallel.attn_dcp_size
     return Rank(
         tp_rank=parallel.attn_tp_rank if is_dp else parallel.tp_rank,
         tp_size=parallel.attn_tp_size if is_dp else parallel.tp_size,
-        pp_rank=parallel.pp_rank,
-        pp_size=parallel.pp_size,
-        cp_rank=parallel.attn_cp_rank,
-        cp_size=parallel.attn_cp_size,
-        dcp_rank=parallel.attn_dcp_rank,
-        dcp_size=parallel.attn_dcp_size,
+        pp_rank=params.pp_rank,
+        pp_size=params.pp_size,
+        cp_rank=params.attn_cp_rank,
+        cp_size=params.attn_cp_size,
+        dcp_rank=parallel.attn_dcp_rank if dcp_size > 1 else 0,
+        dcp_size=dcp_size,
         is_replicated=is_replicated,
         num_splits=1,
     )
@@ -76,50 +80,78 @@ def is_alone() -> bool:
     return bool(parallel.tp_size == parallel.pp_size == 1)
 
 
-def block_of(name: str, entry: Any, pieces: Pieces) -> Pages:
+def block_of(entry: Any, pieces: Pieces) -> Pages:
     """What a page of a pool is to a namespace: a canonical block where we know its inside."""
     pool, page_tokens = entry.device_pool, int(entry.page_size)
     dtype = str(getattr(pool, "store_dtype", "")).removeprefix("torch.")
-    is_plain = name == "kv" and type(pool) in _plain_types() and _layout(pool) == "nhd"
-    if is_plain and dtype in _DTYPES and pieces.are_even:
-        is_kv = len(pieces.layers[0]) == 2
+    if type(pool) in _plain_types() and _layout(pool) == "nhd" and dtype in _DTYPES:
+        is_latent = type(pool) is _plain_types()[1]
         spec = BlockSpec(
             num_layers=len(pieces.layers),
-            num_kv_heads=int(pool.head_num) if is_kv else 1,
-            head_dim=int(pool.head_dim if is_kv else pool.kv_cache_dim),
+            num_kv_heads=1 if is_latent else int(pool.head_num),
+            head_dim=int(pool.kv_cache_dim if is_latent else pool.head_dim),
             block_tokens=page_tokens,
             dtype=dtype,
-            kind="kv" if is_kv else "latent",
+            kind="latent" if is_latent else "kv",
         )
-        if spec.block_bytes == pieces.page_bytes:
+        if pieces.are_even and spec.block_bytes == pieces.page_bytes:
             layout = CANONICAL_LAYOUT
-            if str(pool.dtype) != str(pool.store_dtype):
+            if pool.dtype != pool.store_dtype:
                 layout += f";dtype={pool.dtype}"
             return Pages(pool, page_tokens, spec, layout, None)
     shape = ",".join(str(piece.shape[1]) for piece in pieces.all)
-    kind = f"{type(pool).__name__}-{_layout(pool)}"
     digest = hashlib.sha256(shape.encode()).hexdigest()[:16]
+    kind = f"{type(pool).__name__}-{_layout(pool)}"
     layout = f"sglang-device-{kind};dtype={dtype};tokens={page_tokens};pieces={digest}"
     return Pages(pool, page_tokens, BlockSpec.of_bytes(pieces.page_bytes), layout, None)
 
 
-def _plain_entry(pool: Any, page_tokens: int) -> DevicePoolEntry | None:
-    """A pool of one K and V tensor, or one latent tensor, a layer; None for any other."""
+def _plain_entries(
+    pool: Any, components: set[Any], page_tokens: int
+) -> list[DevicePoolEntry | None]:
+    """The pools of a model of plain attention, or of plain and sliding windows; None for each that
+    is something else."""
+    from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
+
+    if components == {ComponentType.FULL}:
+        layers = {layer: layer for layer in range(pool.layer_num)}
+        return [_plain_entry(PoolName.KV, pool, layers, page_tokens)]
+    if components == {ComponentType.FULL, ComponentType.SWA} and type(pool) is SWAKVPool:
+        full, window = (
+            {
+                layer - pool.start_layer: own
+                for layer, (own, is_window) in pool.layers_mapping.items()
+                if is_window == wanted
+            }
+            for wanted in (False, True)
+        )
+        return [
+            _plain_entry(PoolName.KV, pool.full_kv_pool, full, page_tokens),
+            _plain_entry(PoolName.SWA, pool.swa_kv_pool, window, page_tokens),
+        ]
+    return [None]
+
+
+def _plain_entry(
+    name: PoolName, pool: Any, layers: dict[int, int], page_tokens: int
+) -> DevicePoolEntry | None:
+    """A pool of one K and V tensor, or one latent tensor, a layer; None for any other. `layers`: of
+    the model, and of the pool."""
     mha, mla = _plain_types()
-    layers = range(pool.layer_num)
     if type(pool) is mha and _layout(pool) in ("nhd", "hnd", "vectorized_5d"):
         if pool.k_scale_buffer is not None or pool.native_k_scale_buffer is not None:
             raise ConfigError("kv_cache_dtype: KV with scales of its own is not supported")
         buffers = [*pool.k_buffer, *pool.v_buffer]
-        mapping: dict[int, Any] = {layer: (layer, pool.layer_num + layer) for layer in layers}
+        mapping: dict[int, Any] = {
+            layer: (own, pool.layer_num + own) for layer, own in layers.items()
+        }
     elif type(pool) is mla:
-        buffers = list(pool.kv_buffer)
-        mapping = {layer: layer for layer in layers}
+        buffers, mapping = list(pool.kv_buffer), dict(layers)
     else:
         return None
     return DevicePoolEntry(
-        name=PoolName.KV,
-        indices_from_pool=PoolName.KV,
+        name=name,
+        indices_from_pool=name,
         device_pool=pool,
         components=[buffers],
         layer_mapping=mapping,

@@ -170,7 +170,7 @@ class Saver:
 
     def submit(self, moves: list[Move], ready: Sequence[Any]) -> None:
         """Store pages, or with too many under way report in their turn that they were not."""
-        num_pages = sum(len(move.keys) for move in moves)
+        num_pages = max(len(move.keys) for move in moves)
         with self._lock:
             is_room = self._num_pages + num_pages <= self._max_pages or not self._num_pages
             self._num_pages += num_pages if is_room else 0

@@ -41,6 +41,10 @@ class PoolStore:
     def page_bytes(self) -> int:
         return sum(pages.spec.block_bytes for pages, _ in self._parts)
 
+    def match(self, hashes: BlockHashes) -> int:
+        """How many leading pages are in the store."""
+        return min(store.match(hashes) for _, store in self._parts)
+
     def contains(self, hashes: BlockHashes) -> Flags:
         """Which pages are in the store, each by itself."""
         present = np.ones(len(hashes), np.bool_)

@@ -18,10 +18,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 from vllm.v1.metrics.utils import create_metric_per_engine
 
 from kvstore_adapters.planning.counters import TransferCounters
+from kvstore_adapters.planning.tracking import PlannerCounters
 
 _Metric = TypeVar("_Metric")
 
-# Name in TransferCounters, and of the metric, to its help.
+# Name in TransferCounters or PlannerCounters, and of the metric, to its help.
 _COUNTERS = {
     "loads": "Loads of a request's blocks from kvstore, by rank",
     "loads_failed": "Loads of which blocks did not come, so that tokens were computed",
@@ -33,16 +34,20 @@ _COUNTERS = {
     "save_bytes": "Bytes copied into kvstore",
     "save_seconds": "Seconds that saves took",
     "dropped_blocks": "Blocks that were to be saved and are not in kvstore",
+    "lookups": "Requests whose prompt was looked up in kvstore",
+    "lookup_tokens": "Tokens of those prompts",
+    "hit_tokens": "Of those, tokens that kvstore has",
 }
 
 
 class KVStoreStats(KVConnectorStats):
-    """Sums of TransferCounters by name; empty where nothing moved."""
+    """Sums of TransferCounters and PlannerCounters by name; empty where nothing happened."""
 
     @classmethod
-    def of(cls, counters: TransferCounters) -> KVStoreStats | None:
-        """Return None where nothing moved: then vLLM sends nothing."""
-        return cls(data=asdict(counters)) if counters else None
+    def of(cls, counters: TransferCounters | PlannerCounters) -> KVStoreStats | None:
+        """Return None where nothing happened: then vLLM sends nothing."""
+        data = asdict(counters)
+        return cls(data=data) if any(data.values()) else None
 
     def reset(self) -> None:
         self.data: dict[str, Any] = {}
@@ -67,6 +72,8 @@ class KVStoreStats(KVConnectorStats):
                 said[f"{way} blocks"] = data.get(f"{way}_blocks", 0)
                 said[f"{way} GB"] = round(gigabytes, 3)
                 said[f"{way} GB/s"] = round(gigabytes / seconds, 2) if seconds else 0.0
+        if data.get("lookup_tokens"):
+            said["hit %"] = round(100 * data.get("hit_tokens", 0) / data["lookup_tokens"], 1)
         for name, key in (("failed loads", "loads_failed"), ("dropped blocks", "dropped_blocks")):
             if data.get(key):
                 said[name] = data[key]

@@ -60,10 +60,9 @@ class PlannerMachine(RuleBasedStateMachine):
     def pick(self, data: st.DataObject, among: Any) -> Any:
         return data.draw(st.sampled_from(sorted(among)))
 
-    @rule(family=st.integers(0, 1), num_prompt=st.integers(1, 40), push=st.booleans())
+    @precondition(lambda self: len(self.engine.requests) < 4)
+    @rule(family=st.sampled_from([0, 0, 0, 1]), num_prompt=st.integers(1, 40), push=st.booleans())
     def arrive(self, family: int, num_prompt: int, push: bool) -> None:
-        if len(self.engine.requests) > 4:
-            return
         self.count += 1
         request = Request(f"r{self.count}", family, num_prompt, num_prompt)
         self.engine.add(request, {"kvstore_push": "decode"} if push else None)
@@ -76,6 +75,25 @@ class PlannerMachine(RuleBasedStateMachine):
     @rule(good=st.one_of(st.none(), st.integers(0, 5)))
     def step(self, good: int | None) -> None:
         self.engine.step(good)
+
+    @rule(steps=st.integers(1, 5))
+    def all_goes_well(self, steps: int) -> None:
+        engine = self.engine
+        for _ in range(steps):
+            for request_id in list(engine.lookups.asked):
+                engine.lookups.answer(request_id)
+            engine.step()
+            for request_id in list(engine.loads):
+                engine.end_load(request_id, 99)
+            for job_id in list(engine.saves):
+                engine.run_save(job_id, 99)
+
+    @precondition(lambda self: len(self.engine.requests) < 4)
+    @rule(num_prompt=st.integers(9, 40))
+    def arrive_and_be_looked_up(self, num_prompt: int) -> None:
+        self.arrive(0, num_prompt, False)
+        for request_id in list(self.engine.lookups.asked):
+            self.engine.lookups.answer(request_id)
 
     @precondition(lambda self: self.engine.loads)
     @rule(data=st.data(), good=st.sampled_from([0, 1, 3, 99, 99]))
@@ -146,7 +164,7 @@ class PlannerMachine(RuleBasedStateMachine):
 
 TestPlannerModel = PlannerMachine.TestCase
 TestPlannerModel.settings = settings(
-    max_examples=60,
+    max_examples=100,
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],

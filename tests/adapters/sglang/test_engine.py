@@ -26,6 +26,7 @@ from kvstore.bench.serving import PrivateDaemon
 from kvstore_adapters.reference import checkpoint
 from tests.adapters.sglang.cpu.engine_driver import (
     PAGE_TOKENS,
+    Answer,
     EngineProcess,
     control_file,
     reference_tokens,
@@ -120,6 +121,14 @@ class Served:
         with Admin(self.daemon.address) as admin:
             return int(admin.status()["tiers"][0]["blocks"])
 
+    def is_by_us(self, answer: Answer) -> bool:
+        """Whether SGLang names our storage as the source. A linker it does not name: what the
+        device does not have can then only come from the linker, SGLang has no host cache."""
+        if "enable_hierarchical_cache" not in self.arguments:
+            return bool(answer.details["host"] == answer.num_external)
+        found = (answer.details["storage"], answer.details["storage_backend"])
+        return found == (answer.num_external, "KVStoreHiCache")
+
     def expected(self, tokens: list[int]) -> list[int]:
         return reference_tokens(self.model, tokens, NUM_TOKENS)
 
@@ -130,7 +139,9 @@ class Served:
             wait_until(engine.flush, "the engine is idle")
             answer = engine.generate(tokens)
             assert answer.tokens == self.expected(tokens)
-            return answer.num_external == whole_pages(tokens)
+            is_whole = answer.num_external == whole_pages(tokens)
+            assert not is_whole or self.is_by_us(answer)
+            return is_whole
 
         wait_until(is_external, "the prompt comes from the store")
 
@@ -164,6 +175,7 @@ def test_stored_kv_gives_the_same_tokens_in_this_engine_and_the_next(served: Ser
         zeroed = engine.generate(tokens)
         control_file(served.directory).unlink()
         assert zeroed.num_external == whole_pages(tokens)
+        assert served.is_by_us(zeroed)
         assert zeroed.tokens != cold.tokens
         served.generate_until_external(engine, tokens)
 
@@ -171,6 +183,7 @@ def test_stored_kv_gives_the_same_tokens_in_this_engine_and_the_next(served: Ser
         first = second.generate(tokens)
         assert first.tokens == cold.tokens
         assert first.num_external == whole_pages(tokens)
+        assert served.is_by_us(first)
         longer = tokens + prompt(2, 100)
         continued = second.generate(longer)
         assert continued.tokens == served.expected(longer)

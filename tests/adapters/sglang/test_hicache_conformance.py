@@ -19,6 +19,7 @@ import torch
 from sglang.srt.mem_cache.hicache_storage import STORAGE_BATCH_SIZE
 
 from kvstore.bench.serving import PrivateDaemon
+from kvstore_adapters import compat
 from tests.adapters.sglang import support
 from tests.adapters.sglang.support import Engine, keys
 
@@ -202,13 +203,8 @@ def test_stages_and_context_ranks_are_apart(make: Make) -> None:
     assert first.put(keys(1), first.slots(1))
     assert second.put(keys(1, 1), second.slots(1))
     everyone = (first, second, other_cut, context)
-    assert [engine.backend.exists(keys(1)[0]) for engine in everyone] == [True, False, False, False]
-    assert [engine.backend.exists(keys(1, 1)[0]) for engine in everyone] == [
-        False,
-        True,
-        False,
-        False,
-    ]
+    found = [[engine.backend.exists(key) for engine in everyone] for key in keys(2)]
+    assert found == [[True, False, False, False], [False, True, False, False]]
 
 
 def test_models_are_apart(make: Make) -> None:
@@ -275,6 +271,16 @@ def test_sizes_of_tensor_parallelism_share_pages_by_groups_of_heads(
 def test_heads_that_cannot_be_split_fail_the_attach(make: Make) -> None:
     with pytest.raises(Exception, match="tp_lcm_size"):
         make(support.mha_pool("page_first", heads=1), tp_lcm_size=4)
+
+
+def test_another_release_of_sglang_is_told_at_start(
+    make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    make(support.mha_pool("page_first"))
+    assert "tested with" not in caplog.text
+    monkeypatch.setitem(compat.TESTED, "sglang", ("0.4.0", "0.4.9"))
+    make(support.mha_pool("page_first"))
+    assert "sglang 0.5.23: kvstore was tested with sglang 0.4.0 to 0.4.9" in caplog.text
 
 
 def test_an_unknown_setting_fails_the_attach(make: Make) -> None:

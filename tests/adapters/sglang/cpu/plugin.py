@@ -2,7 +2,7 @@
 torch instead of CUDA kernels, and host pools that are not pinned.
 
 SGLang loads it in every one of its processes (entry point group `sglang.srt.plugins`). None of it
-is on the path of our adapters' bytes. While the file that KVSTORE_TEST_CONTROL_FILE names exists,
+is on the path of our adapters' bytes. While the file that CONTROL_RUN_FILE names exists,
 whatever comes out of the store is replaced by zeros before the forward pass sees it: the control
 run, whose tokens must differ.
 """
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-CONTROL_VARIABLE = "KVSTORE_TEST_CONTROL_FILE"
+CONTROL_VARIABLE = "CONTROL_RUN_FILE"
 _HOST_POOL = "sglang.srt.mem_cache.pool_host.mha.MHATokenToKVPoolHost"
 _LOAD_LAYER = "kvstore_adapters.sglang.device_pages.DevicePages.load_layer"
 

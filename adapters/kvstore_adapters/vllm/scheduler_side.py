@@ -1,0 +1,199 @@
+"""SchedulerSide: the connector in vLLM's scheduler: what to load, what to save, what to pin.
+
+Translates between vLLM's requests and the planner; see `planning/planner.py` for the rules. Used by
+the scheduler's thread only.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from kvstore import KVStoreError, Namespace
+from kvstore_adapters.planning.lookups import Lookups
+from kvstore_adapters.planning.pins import EndedSave
+from kvstore_adapters.planning.planner import Planner
+from kvstore_adapters.planning.shards import Shards
+from kvstore_adapters.planning.tracking import PlannerSettings, ScheduledRequest
+from kvstore_adapters.settings import AdapterSettings
+
+from .events import SaveEvents
+from .metadata import PlanMetadata, ReportMetadata
+from .namespaces import groups_of, namespaces_of, namespaces_told
+from .stats import KVStoreStats
+
+_LOG = logging.getLogger(__name__)
+
+
+class SchedulerSide:
+    """See above."""
+
+    def __init__(self, vllm_config: Any, kv_cache_config: Any, settings: AdapterSettings) -> None:
+        """
+        Raises:
+            ConfigError, IncompatibleError: the configuration cannot work; the message says why.
+        """
+        transfer = vllm_config.kv_transfer_config
+        groups = groups_of(kv_cache_config)
+        namespaces = namespaces_of(vllm_config, kv_cache_config, settings)
+        self._is_async = settings.load == "async" or len(groups) > 1
+        if transfer.is_kv_consumer and transfer.kv_load_failure_policy == "fail":
+            _LOG.warning(_POLICY)
+        if settings.load == "sync" and self._is_async:
+            _LOG.warning("load: sync is not possible with several groups of layers; async is used")
+        self._shards = Shards(namespaces, settings)
+        self._lookups = Lookups(self._shards, groups, settings.timeout)
+        parallel = vllm_config.parallel_config
+        self._planner = Planner(
+            groups,
+            int(kv_cache_config.hash_block_size or groups[0].block_tokens),
+            self._lookups,
+            PlannerSettings(
+                num_ranks=int(parallel.tensor_parallel_size * parallel.pipeline_parallel_size),
+                can_load=bool(transfer.is_kv_consumer),
+                can_save=bool(transfer.is_kv_producer),
+                save_decode=settings.save_decode,
+                is_async=self._is_async,
+                max_pinned_blocks=int(settings.max_pinned_fraction * kv_cache_config.num_blocks),
+                lookup_wait=settings.lookup_wait,
+                pd_wait=settings.pd_wait,
+                drop_blocks=_blocks_to_drop(vllm_config),
+                source=_source(namespaces),
+                push_targets=tuple(settings.push_targets),
+            ),
+        )
+        events = vllm_config.kv_events_config
+        self._events = SaveEvents(groups) if events and events.enable_kv_cache_events else None
+        self._pool: Any = None
+        self._requests: dict[str, Any] = {}
+        self._must_clear = False
+
+    def adopt(self, namespaces: Mapping[tuple[int, int], Namespace]) -> None:
+        """Take the namespaces that workers told."""
+        if namespaces:
+            self._shards.adopt(namespaces)
+            self._planner.source = _source(namespaces)
+
+    def bind_pool(self, pool: Any) -> None:
+        self._pool = pool
+
+    # --- requests
+
+    def arrived(self, request: Any) -> None:
+        request_id = request.request_id
+        self._requests[request_id] = request
+        self._planner.arrive(
+            request_id, request.block_hashes, request.num_prompt_tokens, request.kv_transfer_params
+        )
+
+    def match(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        tokens = self._planner.match(
+            request.request_id, request.block_hashes, request.num_tokens, num_computed_tokens
+        )
+        return tokens, bool(tokens) and self._is_async
+
+    def allocated(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        if num_external_tokens > 0:
+            self._planner.allocated(request.request_id, num_external_tokens, blocks.get_block_ids())
+
+    def finished(self, request: Any) -> dict[str, Any] | None:
+        self._requests.pop(request.request_id, None)
+        return self._planner.finished(request.request_id, request.num_computed_tokens)
+
+    # --- steps
+
+    def plan(self, output: Any) -> PlanMetadata:
+        plan = self._planner.step(self._to_save(output), output.preempted_req_ids or ())
+        for job in plan.saves:
+            # A reference of our own: the blocks stay as they are whatever becomes of the request.
+            blocks = self._pool.blocks
+            self._pool.touch(
+                [blocks[block] for move in job.moves for block in move.block_ids.tolist()]
+            )
+            if self._events is not None:
+                self._events.planned(job, self._requests[job.request_id])
+        return PlanMetadata(plan)
+
+    def _to_save(self, output: Any) -> Iterable[ScheduledRequest]:
+        """Yield the step's requests that come so far in it that they have blocks to save."""
+        save_at = self._planner.save_at
+        requests = self._requests
+        tables = output.kv_connector_block_state
+        for request_id, count in output.num_scheduled_tokens.items():
+            at = save_at.get(request_id)
+            if at is None:
+                continue
+            request = requests[request_id]
+            computed = request.num_computed_tokens + count
+            if computed >= at and not self._planner.is_full:
+                yield ScheduledRequest(
+                    request_id, computed, request.block_hashes, tables.get_block_ids(request_id)
+                )
+
+    def reported(self, metadata: object) -> None:
+        if not isinstance(metadata, ReportMetadata):
+            return
+        if metadata.names is not None:
+            self.adopt(namespaces_told({(0, 0): metadata.names}))
+        for save in self._planner.report(metadata.report):
+            self._unpin(save)
+        if self._must_clear and not self._planner.num_saves:
+            self._must_clear = False
+            self._clear_store()
+
+    def _unpin(self, save: EndedSave) -> None:
+        blocks = self._pool.blocks
+        # The last block first, as vLLM frees: the end of a prefix is the first to be reused.
+        self._pool.free_blocks(blocks[block] for block in reversed(save.block_ids))
+        if self._events is not None:
+            self._events.ended(save)
+
+    @property
+    def has_saves(self) -> bool:
+        return self._planner.num_saves > 0
+
+    def take_events(self) -> Iterable[Any]:
+        return self._events.take() if self._events is not None else ()
+
+    def stats(self) -> KVStoreStats | None:
+        return KVStoreStats.of(self._planner.take_counters())
+
+    # --- ending
+
+    def clear(self) -> bool:
+        """Remove all blocks of this model from the store, for every engine that shares it."""
+        self._planner.clear()
+        # Saves under way would bring back blocks of before.
+        self._must_clear = self.has_saves
+        return self._clear_store()
+
+    def _clear_store(self) -> bool:
+        try:
+            self._shards.clear()
+        except KVStoreError as error:
+            _LOG.warning("the store was not cleared: %s", error)
+            return False
+        _LOG.info("all blocks of this model were removed from the store")
+        return True
+
+    def close(self) -> None:
+        self._lookups.close()
+        self._shards.close()
+
+
+_POLICY = (
+    'kv_load_failure_policy is "fail": a request whose cached blocks turn out to be gone ends in '
+    'an error. Set it to "recompute" beside kv_connector.'
+)
+
+
+def _blocks_to_drop(vllm_config: Any) -> int:
+    """A drafter such as EAGLE wants the last block of a hit computed anew."""
+    speculative = vllm_config.speculative_config
+    return 1 if speculative is not None and speculative.use_eagle_block_drop() else 0
+
+
+def _source(namespaces: Mapping[tuple[int, int], Namespace]) -> str:
+    """Name a set of namespaces, for promises between instances."""
+    return namespaces[min(namespaces)].digest.hex()[:16]
