@@ -32,11 +32,12 @@ def environment(directory: Path, address: str) -> dict[str, str]:
         "global_segment_size": "16MB",
         "local_buffer_size": "16MB",
     }
+    modules = [shim.PATH, str(support.ROOT), str(support.ROOT / "adapters")]
     path = directory / "mooncake.json"
     path.write_text(json.dumps(settings))
     return {
         "MOONCAKE_CONFIG_PATH": str(path),
-        "PYTHONPATH": os.pathsep.join([shim.PATH, str(support.ROOT), str(support.ROOT / "adapters")]),
+        "PYTHONPATH": os.pathsep.join(modules),
         "VLLM_RPC_BASE_PATH": str(directory),
     }
 
