@@ -235,7 +235,8 @@ def _listen(address: str) -> socket.socket:
     except OSError as error:
         raise ConfigError(f"http: {address}: {error}") from error
     try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if port:  # else the kernel may give us a port that another is about to listen on
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(where)
     except OSError as error:
         listener.close()

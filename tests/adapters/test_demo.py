@@ -1,6 +1,7 @@
 """`kvstore demo` prints the promised figures, and its texts are what the demo says they are.
 
-One whole run with the smallest model, through the command line; the rest looks at single pieces.
+Whole runs with the smallest model, through the command line (a dozen processes that load torch: with
+the slow suites); the rest looks at single pieces.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ def invoke(*arguments: str) -> Result:
     return CliRunner().invoke(build_app([DEMO]), list(arguments))
 
 
+@pytest.mark.slow
 def test_a_small_run_prints_one_object_with_the_promised_figures(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     picture = tmp_path / "out.png"

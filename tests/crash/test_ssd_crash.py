@@ -93,7 +93,7 @@ def run(tmp_path: Path, kind: str, how: str, cycles: int, first_seed: int) -> No
 
 @pytest.mark.parametrize("how", ["random", "call"])
 def test_a_few_kills(tmp_path: Path, how: str) -> None:
-    run(tmp_path, "auto", how, 5, 1000)
+    run(tmp_path, "auto", how, 3, 1000)
 
 
 @pytest.mark.slow

@@ -86,7 +86,7 @@ def cycle(disk: Disk, kind: str, durable: bool, seed: int, promises: Promises) -
 
 def test_a_few_power_cuts(disk: Disk) -> None:
     promises = Promises()
-    for seed in range(5):
+    for seed in range(3):
         cycle(disk, "auto", True, seed, promises)
 
 

@@ -296,11 +296,11 @@ def test_outages_leave_no_thread_and_no_descriptor(serving: Serving) -> None:
 
         outage()
         num_files, num_threads = open_files(), threading.active_count()
-        for _ in range(5):
+        for _ in range(3):
             outage()
         # Fewer than one an outage: of arenas only the last is mapped, without the help of the
         # garbage collector; a connection more there may be, where two were in use at once.
-        assert open_files() < num_files + 5
+        assert open_files() < num_files + 3
         assert threading.active_count() <= num_threads
 
 

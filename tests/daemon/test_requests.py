@@ -267,7 +267,10 @@ def test_administrators_look_and_check(with_ssd: Service) -> None:
         assert (shown["label"], shown["pid"], shown["address"]) == ("model", os.getpid(), "unix")
 
 
-def test_history_and_rates_follow_what_is_done(with_ssd: Service) -> None:
+def test_history_and_rates_follow_what_is_done(
+    with_ssd: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvstore.daemon.report.SAMPLE_SECONDS", 0.0)  # the next that is due
     with RawClient(with_ssd.config.listen) as client:
         client.put(1, 4)
         client.get(1, 4)

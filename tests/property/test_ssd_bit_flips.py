@@ -120,7 +120,7 @@ def files(golden: Path) -> list[str]:
 
 
 def test_one_flip_in_each_file(golden: Path, tmp_path: Path) -> None:
-    flips = [(name, *flip) for name in files(golden) for flip in positions(golden, name, 4)]
+    flips = [(name, *flip) for name in files(golden) for flip in positions(golden, name, 2)]
     check(golden, tmp_path / "scratch", flips)
 
 
