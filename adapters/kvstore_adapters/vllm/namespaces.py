@@ -141,7 +141,7 @@ def namespaces_of(
     replicas = int(kv_cache_config.kv_tp_replicas)
     tp_size = int(parallel.tensor_parallel_size)
     pp_size = int(parallel.pipeline_parallel_size)
-    model, revision = _model(vllm_config, settings)
+    model, revision = model_of(vllm_config, settings)
     made = {}
     for group in groups:
         layers = layers_of(kv_cache_config, group.group_id)
@@ -179,7 +179,7 @@ def _check(vllm_config: Any) -> None:
         )
 
 
-def _model(vllm_config: Any, settings: AdapterSettings) -> tuple[str, str]:
+def model_of(vllm_config: Any, settings: AdapterSettings) -> tuple[str, str]:
     """Return the model's name, and as its revision all that makes its KV other than the weights'
     alone."""
     model = vllm_config.model_config

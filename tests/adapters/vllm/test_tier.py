@@ -195,7 +195,7 @@ def offloading(daemon: PrivateDaemon) -> Iterator[Callable[..., Offloading]]:
 
 def damage(address: str, number: int) -> None:
     """Change a byte of a chunk in the daemon's memory."""
-    namespace = namespace_of(offloading_config(), CHUNK_BYTES)
+    namespace = namespace_of(offloading_config(), CHUNK_BYTES, ("some/model", ""))
     with (
         kvstore.connect(address, namespace) as store,
         store.acquire(names_of([key(number)])) as lease,
