@@ -5,7 +5,7 @@ A save pins its source blocks from the step that starts it until every rank has 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from .plan import BlockMove, SaveJob, StepReport
@@ -50,6 +50,10 @@ class Pins:
     def room(self) -> int:
         """Blocks that may be pinned besides."""
         return self.max_blocks - self.num_blocks
+
+    def blocks(self) -> Iterator[int]:
+        """Yield the pinned blocks; one that several saves hold comes as often."""
+        return (block for pin in self._pins.values() for block in pin.block_ids)
 
     def start(self, request_id: str, moves: Sequence[BlockMove], push_to: str) -> SaveJob:
         """Make a job of `moves` and pin their blocks.

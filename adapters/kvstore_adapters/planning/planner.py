@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -90,6 +90,10 @@ class Planner:
     def num_saves(self) -> int:
         """Saves under way."""
         return len(self._pins)
+
+    def pinned_blocks(self) -> Iterator[int]:
+        """Yield the engine blocks that saves hold."""
+        return self._pins.blocks()
 
     @property
     def is_full(self) -> bool:
@@ -239,7 +243,8 @@ class Planner:
             return BlockMove.of(group.group_id, blocks.start, hashes, ids)
         has_block = ids != NULL_BLOCK
         kept = BlockHashes(hashes.array[has_block])
-        return BlockMove.of(group.group_id, blocks.start, kept, ids[has_block])
+        first = blocks.start + int(has_block.argmax())
+        return BlockMove.of(group.group_id, first, kept, ids[has_block])
 
     # --- stepping
 

@@ -6,6 +6,7 @@ only hands vLLM's calls on: to `SchedulerSide`, which decides, or `WorkerSide`, 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,20 +23,27 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorPromMetrics,
     KVConnectorStats,
 )
+from vllm.distributed.kv_transfer.kv_transfer_state import (
+    get_kv_transfer_group,
+    has_kv_transfer_group,
+)
 from vllm.platforms import current_platform
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
-from kvstore import Namespace
+from kvstore import ConfigError, Namespace
 from kvstore_adapters.daemon_start import ensure_daemon
 from kvstore_adapters.planning.plan import StepPlan
 from kvstore_adapters.settings import AdapterSettings
 
+from .idle import IdleSchedulerSide, IdleWorkerSide
 from .metadata import PlanMetadata, ReportMetadata
 from .namespaces import ShardNames, groups_of, is_writer, namespaces_of, namespaces_told, own_rank
 from .pages import pages_of, recorder
 from .scheduler_side import SchedulerSide
 from .stats import KVStorePromMetrics, KVStoreStats
 from .worker_side import WorkerSide
+
+_LOG = logging.getLogger(__name__)
 
 
 class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
@@ -46,19 +54,29 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         """
         Raises:
-            ConfigError: a setting is wrong, or the model or the way it runs is not supported.
+            ConfigError: a setting is wrong, or the way the model runs is not supported.
             IncompatibleError: the daemon is there and refuses us.
         """
         super().__init__(vllm_config, role, kv_cache_config)
         self._settings = AdapterSettings.of(self._kv_transfer_config.kv_connector_extra_config)
-        # Errors of the configuration are for now, in both roles.
-        self._groups = groups_of(kv_cache_config)
-        ensure_daemon(self._settings)
-        self._scheduler: SchedulerSide | None = None
-        self._worker: WorkerSide | None = None
+        self._scheduler: SchedulerSide | IdleSchedulerSide | None = None
+        self._worker: WorkerSide | IdleWorkerSide | None = None
         self._namespaces: dict[tuple[int, int], Namespace] = {}  # once caches are registered
         self._has_told_names = False
-        if role == KVConnectorRole.SCHEDULER:
+        is_scheduler = role == KVConnectorRole.SCHEDULER
+        try:
+            self._groups = groups_of(kv_cache_config)
+        except ConfigError as error:
+            # The model is what it is: it is served as if we were not there.
+            self._groups = ()
+            if is_scheduler:
+                _LOG.warning("kvstore keeps nothing of this model: %s", error)
+                self._scheduler = IdleSchedulerSide()
+            else:
+                self._worker = IdleWorkerSide()
+            return
+        ensure_daemon(self._settings)
+        if is_scheduler:
             self._scheduler = SchedulerSide(vllm_config, kv_cache_config, self._settings)
 
     @property
@@ -68,13 +86,14 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
 
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config: Any) -> str | None:
-        """On GPUs all layers of a block in one piece, which is one copy a block."""
-        return "BLNHC" if current_platform.is_cuda_alike() else None
+        """On GPUs all layers of a block in one piece, which is one copy a block. Heads before
+        tokens: so all backends have it that have a block-outermost layout at all."""
+        return "BLHNC" if current_platform.is_cuda_alike() else None
 
     # --- scheduler
 
     @property
-    def _deciding(self) -> SchedulerSide:
+    def _deciding(self) -> SchedulerSide | IdleSchedulerSide:
         assert self._scheduler is not None, "this is a worker's connector"
         return self._scheduler
 
@@ -123,7 +142,10 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
         return self._deciding.has_saves
 
     def has_pending_block_frees(self) -> bool:
-        return self._deciding.has_saves
+        return self._deciding.can_free_blocks
+
+    def get_loaded_kv_cache_group_ids(self, request: Any) -> tuple[int, ...]:
+        return tuple(group.group_id for group in self._groups)
 
     def take_events(self) -> Iterable[Any]:
         return self._deciding.take_events()
@@ -134,6 +156,8 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
     # --- worker
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
+        if not self._groups:
+            return
         config, caches = self._vllm_config, self._kv_cache_config
         rank = own_rank(config)
         self._namespaces = namespaces_of(config, caches, self._settings)
@@ -148,13 +172,17 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
         )
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
+        # Of several connectors the first that tells something is told to all, and others refuse
+        # what is ours. The first report tells it as well.
+        if has_kv_transfer_group() and get_kv_transfer_group() is not self:
+            return None
         return self._names()
 
     def _names(self) -> ShardNames:
         return ShardNames.of(self._namespaces, own_rank(self._vllm_config))
 
     @property
-    def _moving(self) -> WorkerSide:
+    def _moving(self) -> WorkerSide | IdleWorkerSide:
         assert self._worker is not None, "no KV caches were registered"
         return self._worker
 

@@ -7,10 +7,13 @@ the scheduler's thread only.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
+
 from kvstore import KVStoreError, Namespace
+from kvstore_adapters.planning.groups import Group
 from kvstore_adapters.planning.lookups import Lookups
 from kvstore_adapters.planning.pins import EndedSave
 from kvstore_adapters.planning.planner import Planner
@@ -37,28 +40,35 @@ class SchedulerSide:
         transfer = vllm_config.kv_transfer_config
         groups = groups_of(kv_cache_config)
         namespaces = namespaces_of(vllm_config, kv_cache_config, settings)
-        self._is_async = settings.load == "async" or len(groups) > 1
+        forced = _why_async(vllm_config, groups)
+        self._is_async = settings.load == "async" or forced is not None
         if transfer.is_kv_consumer and transfer.kv_load_failure_policy == "fail":
             _LOG.warning(_POLICY)
-        if settings.load == "sync" and self._is_async:
-            _LOG.warning("load: sync is not possible with several groups of layers; async is used")
+        if settings.load == "sync" and forced is not None:
+            _LOG.warning("load: sync is not possible with %s; async is used", forced)
+        drop_blocks = _blocks_to_drop(vllm_config)
+        can_load = bool(transfer.is_kv_consumer)
+        if can_load and drop_blocks and any(group.kind == "window" for group in groups):
+            # With a block less the window begins earlier, where the store need not have it.
+            _LOG.warning("speculative decoding of this model: blocks are saved, but not loaded")
+            can_load = False
         self._shards = Shards(namespaces, settings)
         self._lookups = Lookups(self._shards, groups, settings.timeout)
         parallel = vllm_config.parallel_config
         self._planner = Planner(
             groups,
-            int(kv_cache_config.hash_block_size or groups[0].block_tokens),
+            int(resolve_kv_cache_block_sizes(kv_cache_config, vllm_config)[1]),
             self._lookups,
             PlannerSettings(
                 num_ranks=int(parallel.tensor_parallel_size * parallel.pipeline_parallel_size),
-                can_load=bool(transfer.is_kv_consumer),
+                can_load=can_load,
                 can_save=bool(transfer.is_kv_producer),
                 save_decode=settings.save_decode,
                 is_async=self._is_async,
                 max_pinned_blocks=int(settings.max_pinned_fraction * kv_cache_config.num_blocks),
                 lookup_wait=settings.lookup_wait,
                 pd_wait=settings.pd_wait,
-                drop_blocks=_blocks_to_drop(vllm_config),
+                drop_blocks=drop_blocks,
                 source=_source(namespaces),
                 push_targets=tuple(settings.push_targets),
             ),
@@ -153,6 +163,12 @@ class SchedulerSide:
     def has_saves(self) -> bool:
         return self._planner.num_saves > 0
 
+    @property
+    def can_free_blocks(self) -> bool:
+        """Whether blocks come free with the saves under way: those that nobody else holds."""
+        blocks = self._pool.blocks
+        return any(blocks[block].ref_cnt == 1 for block in self._planner.pinned_blocks())
+
     def take_events(self) -> Iterable[Any]:
         return self._events.take() if self._events is not None else ()
 
@@ -186,6 +202,16 @@ _POLICY = (
     'kv_load_failure_policy is "fail": a request whose cached blocks turn out to be gone ends in '
     'an error. Set it to "recompute" beside kv_connector.'
 )
+
+
+def _why_async(vllm_config: Any, groups: Sequence[Group]) -> str | None:
+    """Return what forbids loads that a step waits for, if anything does."""
+    if len(groups) > 1:
+        return "several groups of layers, as vLLM cannot be told that such a load failed"
+    if vllm_config.max_concurrent_batches > 1:
+        # The next step would save what it computed on top of a load that failed.
+        return "steps that are scheduled before the one before has ended"
+    return None
 
 
 def _blocks_to_drop(vllm_config: Any) -> int:
