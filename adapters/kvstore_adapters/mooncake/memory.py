@@ -10,7 +10,7 @@ import threading
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -169,8 +169,8 @@ class Regions:
 class MooncakeHostMemAllocator:
     """Page-aligned memory by its address, as SGLang asks for its host pool."""
 
-    def __init__(self) -> None:
-        self._mapped: dict[int, mmap.mmap] = {}
+    # Of all allocators: a tensor over such memory may outlive the one that it came from.
+    _mapped: ClassVar[dict[int, mmap.mmap]] = {}
 
     def alloc(self, num_bytes: int) -> int:
         """Return an address, or 0."""

@@ -106,7 +106,10 @@ class Objects:
         entries = np.zeros(len(keys), _ENTRY)
         if len(keys):
             arrived = _load(self._index, key_names(keys), _rows(entries))
-            entries[~arrived | (entries["magic"] != _MAGIC)] = np.zeros((), _ENTRY)
+            is_sound = (entries["magic"] == _MAGIC) & (
+                entries["num_bytes"] <= entries["slot_bytes"]
+            )
+            entries[~arrived | ~is_sound] = np.zeros((), _ENTRY)
         return entries
 
     def exist(self, entries: Entries) -> Flags:

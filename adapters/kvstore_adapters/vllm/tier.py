@@ -29,6 +29,7 @@ import numpy.typing as npt
 from vllm import __version__ as vllm_version
 from vllm.platforms import current_platform
 from vllm.v1.kv_offload.base import (
+    Locality,
     LookupResult,
     Medium,
     OffloadKey,
@@ -143,6 +144,7 @@ class KVStoreTier(SecondaryTierManager):
     """A secondary tier on a kvstore daemon.
 
     Args:
+        locality: "LOCAL" or "REMOTE", for requests that say which tiers they load from.
         settings: of `AdapterSettings`: `address`, `start_daemon`, `timeout`, `load_deadline`,
             `tenant`, `token_file`, `model`, and `max_pinned_fraction`, here of vLLM's pool.
 
@@ -159,9 +161,11 @@ class KVStoreTier(SecondaryTierManager):
         primary_kv_view: memoryview,
         tier_type: str,
         backpressure_detector: Any = None,
+        locality: str | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
+        self.locality = None if locality is None else Locality(locality)
         self._settings = AdapterSettings.of(settings)
         # None after `shutdown`: the pool cannot be unmapped while we have its address.
         self._buffers: kvstore.BlockBuffers | None = kvstore.ContiguousBlocks(primary_kv_view)

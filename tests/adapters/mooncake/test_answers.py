@@ -371,7 +371,7 @@ def test_without_the_daemon_nothing_is_there_and_nothing_is_stored(
 ) -> None:
     with PrivateDaemon(tmp_path, cpu="4MiB") as daemon:
         daemon.start()
-        store = client(daemon.address, timeout="0.2")
+        store = client(daemon.address, timeout="0.1")
         memory = Memory(1000, store)
         assert store.put("old", b"value") == OK
         os.kill(daemon.pid, how)

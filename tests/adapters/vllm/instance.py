@@ -35,6 +35,7 @@ from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
+from kvstore import Store
 from tests.adapters.vllm import configs
 
 BLOCK = configs.BLOCK_TOKENS
@@ -59,6 +60,7 @@ class Instance:
         model: Path,
         address: str,
         *,
+        name: str = "",
         role: str = "kv_both",
         specs: Sequence[Any] = (),
         num_blocks: int = configs.NUM_BLOCKS,
@@ -72,7 +74,13 @@ class Instance:
         config.cache_config.num_gpu_blocks_override = num_blocks
         chosen = connector or {
             **KV_CONNECTOR,
-            "kv_connector_extra_config": {"address": address, **settings},
+            # Requests end after two steps here: what finds no room at once would not be saved.
+            "kv_connector_extra_config": {
+                "address": address,
+                "model": name,
+                "max_pinned_fraction": 1.0,
+                **settings,
+            },
         }
         config.kv_transfer_config = KVTransferConfig(
             kv_role=role, kv_load_failure_policy=policy, **chosen
@@ -88,7 +96,8 @@ class Instance:
         init_none_hash(hash_function)
         self.hasher = get_request_block_hasher(hash_tokens, hash_function)
         # In vLLM's order: first the workers, then the scheduler, then the handshake.
-        self.workers, self.tensors = [], []
+        self.workers: list[Any] = []
+        self.tensors: list[dict[str, torch.Tensor]] = []
         for rank in range(num_ranks):
             own = copy.copy(config)
             own.parallel_config = copy.copy(config.parallel_config)
@@ -114,6 +123,7 @@ class Instance:
             self.connector.set_xfer_handshake_metadata_pp_aware(told)
         self.aggregator = KVOutputAggregator.from_connector(self.connector, num_ranks)
         self.pool = self.scheduler.kv_cache_manager.block_pool
+        self.on_scheduled: Callable[[Any], None] = lambda output: None  # before workers see it
         self.computed: dict[str, int] = {}  # tokens that each request had the model compute
         self.published: list[Any] = []
         self.scheduler.kv_event_publisher = types.SimpleNamespace(
@@ -124,6 +134,24 @@ class Instance:
         for worker in self.workers:
             worker.shutdown()
         self.scheduler.shutdown()
+
+    def stores(self, rank: int = 0) -> dict[int, Store]:
+        """The stores of one rank by group, as its worker has them."""
+        shards = self.workers[rank]._worker._shards
+        return {group: shards.store(rank, group) for _, group in shards._namespaces}
+
+    def hold_loads(self, rank: int = 0) -> Callable[[], None]:
+        """Keep loads from beginning; what is returned lets them go."""
+        transfers = self.workers[rank]._worker._transfers
+        held: list[Any] = []
+        begin, transfers.load = transfers.load, lambda *load: held.append(load)
+
+        def release() -> None:
+            transfers.load = begin
+            for load in held:
+                begin(*load)
+
+        return release
 
     # --- requests
 
@@ -181,6 +209,7 @@ class Instance:
     def step(self) -> Any:
         """One step; returns the scheduler's output."""
         output = self.scheduler.schedule()
+        self.on_scheduled(output)
         results = [self._on_rank(rank, output) for rank in range(len(self.workers))]
         result = self.aggregator.aggregate(results)
         self.scheduler.update_from_output(output, result)

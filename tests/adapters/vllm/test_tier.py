@@ -25,10 +25,13 @@ with warnings.catch_warnings():
     pytest.importorskip("vllm.v1.kv_offload.tiering.manager")
 
 from vllm.v1.kv_offload.base import (
+    Locality,
     LookupResult,
     OffloadKey,
     ReqContext,
     ScheduleEndContext,
+    TierFilter,
+    TierMatcher,
     make_offload_key,
 )
 from vllm.v1.kv_offload.config import (
@@ -326,6 +329,18 @@ def test_stores_that_would_hold_the_pool_are_dropped(
         assert [result.success for result in dropped] == [False, False]
     finally:
         os.kill(daemon.pid, signal.SIGCONT)
+
+
+def test_a_request_may_leave_the_tier_out(offloading: Callable[..., Offloading]) -> None:
+    engine = offloading(locality="REMOTE")
+    engine.store(0, 1)
+    engine.forget_pool()
+    here = TierFilter((TierMatcher(locality=Locality.LOCAL),))
+    context = engine.request()
+    context.load_tier_filter = here
+    assert engine.manager.lookup(key(0), context) is LookupResult.MISS
+    engine.manager.on_request_finished(context)
+    assert engine.find(0) is LookupResult.HIT
 
 
 def test_an_unknown_setting_is_named(tmp_path: Path) -> None:
