@@ -46,7 +46,6 @@ def run_engine(model: str, address: str) -> dict[str, Any]:
         # All that kvstore needs:
         kv_transfer_config={
             "kv_connector": "KVStoreConnector",
-            "kv_connector_module_path": "kvstore_adapters.vllm.connector",
             "kv_role": "kv_both",
             "kv_load_failure_policy": "recompute",
             "kv_connector_extra_config": {"address": address},

@@ -76,6 +76,8 @@ def groups_of(kv_cache_config: Any) -> tuple[Group, ...]:
     Raises:
         ConfigError: the model has layers whose state cannot be found by a prefix's hashes.
     """
+    if getattr(kv_cache_config, "hisparse_host_num_blocks", None) is not None:
+        raise ConfigError("hisparse: its host pool numbers blocks of its own; not supported")
     kept = set(kv_cache_config.prefix_cacheable_group_ids)
     groups = []
     for group_id in kv_cache_config.transfer_group_ids:

@@ -101,6 +101,7 @@ class Offloading:
         self._region = SharedOffloadRegion(
             f"test{os.getpid()}-{time.monotonic_ns()}", POOL_CHUNKS, None, CHUNK_BYTES, CHUNK_BYTES
         )
+        Path(self._region.mmap_path).unlink()  # it stays mapped, and is gone whatever happens
         primary = CPUPrimaryTierOffloadingManager(POOL_CHUNKS, self._region)
         view = primary.get_kv_memoryview()
         tier = {"type": "KVStoreTier", "module_path": "kvstore_adapters.vllm.tier"}
@@ -166,10 +167,7 @@ class Offloading:
 
     def close(self) -> None:
         self.rows = None
-        try:
-            self.manager.shutdown()
-        finally:
-            Path(self._region.mmap_path).unlink(missing_ok=True)
+        self.manager.shutdown()
 
 
 def ids_of(spec: Any) -> list[int]:
