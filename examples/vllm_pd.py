@@ -54,7 +54,6 @@ def running(*command: str) -> Iterator[subprocess.Popen[bytes]]:
 def server_command(model: str, port: int, role: str, connector: dict[str, Any]) -> list[str]:
     transfer = {
         "kv_connector": "KVStoreConnector",
-        "kv_connector_module_path": "kvstore_adapters.vllm.connector",
         "kv_role": role,
         "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": connector,

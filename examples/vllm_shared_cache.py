@@ -46,7 +46,6 @@ def run_engine(model: str, address: str) -> dict[str, Any]:
         # All that kvstore needs:
         kv_transfer_config={
             "kv_connector": "KVStoreConnector",
-            "kv_connector_module_path": "kvstore_adapters.vllm.connector",
             "kv_role": "kv_both",
             "kv_load_failure_policy": "recompute",
             "kv_connector_extra_config": {"address": address},
@@ -60,11 +59,13 @@ def run_engine(model: str, address: str) -> dict[str, Any]:
     llm.generate({"prompt_token_ids": prompt[7:300]}, sampling, use_tqdm=False)
     hits = external_hits(llm)
     (answer,) = llm.generate({"prompt_token_ids": prompt}, sampling, use_tqdm=False)
-    return {
+    found = {
         "tokens": list(answer.outputs[0].token_ids),
         "ttft_ms": 1000 * answer.metrics.first_token_latency,
         "external_hits": external_hits(llm) - hits,
     }
+    llm.llm_engine.engine_core.shutdown()  # else this process waits for the engine's for ever
+    return found
 
 
 def external_hits(llm: Any) -> int:

@@ -126,6 +126,22 @@ class Bench:
         self._linker._pins.release(pin)
         return seconds
 
+    def lookup_unknown(self, num_pages: int) -> float:
+        """Seconds for pages that neither the index nor the daemon has: an answer of the daemon."""
+        import torch
+        from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
+
+        self._count += 1
+        keys = [f"{self._count:032x}{page:032x}" for page in range(num_pages)]
+        slots = torch.zeros(0, dtype=torch.int64)
+        transfer = PoolTransfer(PoolName.KV, device_indices=slots, keys=keys)
+        began = time.perf_counter()
+        lengths = self._linker.lookup(str(self._count), [transfer])
+        seconds = time.perf_counter() - began
+        if lengths:
+            raise SystemExit("pages were found that nobody stored")
+        return seconds
+
     def admit(self, num_pages: int) -> tuple[float, int]:
         """Seconds from the lookup to the promise, and the batch that then loads."""
         self._count += 1
@@ -168,6 +184,7 @@ def timed(work: Callable[[], object]) -> float:
 def lookups(bench: Bench, num_pages: int, count: int) -> list[Figure]:
     found = 1e6 * median(lambda: bench.lookup(num_pages), count)
     asked = 1e6 * median(lambda: timed(lambda: bench.ask_daemon(num_pages)), count)
+    unknown = 1e6 * median(lambda: bench.lookup_unknown(num_pages), count)
     hashed = 1e6 * median(lambda: timed(lambda: bench.hash(num_pages)), count)
 
     def admitted() -> float:
@@ -186,6 +203,7 @@ def lookups(bench: Bench, num_pages: int, count: int) -> list[Figure]:
             hashed / found,
             f"SGLang's own hashing of the pages: {hashed:.0f} us",
         ),
+        Figure(f"{name}_lookup_unknown_us", unknown, "us"),
         Figure(f"{name}_lookup_to_promise_us", promised, "us"),
     ]
 

@@ -8,7 +8,7 @@ them through its connector. What computing costs is asked of an engine without c
 gets them from vLLM's own prefix cache: the limit. Figures are medians, and tokens are compared.
 
 `fs_tier` is vLLM's own file tier on tmpfs and `kvstore_tier` ours in its place, both below vLLM's
-OffloadingConnector; see cpu_offloading.py.
+OffloadingConnector with a worker that needs no GPU (tests/adapters/vllm/cpu_offload.py).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,6 +38,7 @@ SUBJECTS = ("kvstore_async", "kvstore_sync", "kvstore_tier", "fs_tier")
 POOL_BYTES = 1 << 30  # of vLLM's OffloadingConnector
 QUIET_SECONDS = 2.0
 TMPFS = "/dev/shm"
+ROOT = Path(__file__).resolve().parents[2]
 # LMCache 0.5.6 says "No supported cpu connector found" in vLLM's worker, and computes everything.
 LMCACHE = "its connector for vLLM has no support for CPUs"
 ENVIRONMENT = {
@@ -153,8 +155,8 @@ def offloading(tier: dict[str, Any]) -> dict[str, Any]:
         "kv_connector": "OffloadingConnector",
         "kv_role": "kv_both",
         "kv_connector_extra_config": {
-            "spec_name": "HostOffloadingSpec",
-            "spec_module_path": "cpu_offloading",
+            "spec_name": "CpuTieringSpec",
+            "spec_module_path": "tests.adapters.vllm.cpu_offload",
             "cpu_bytes_to_use": POOL_BYTES,
             "secondary_tiers": [tier],
         },
@@ -232,6 +234,7 @@ def main() -> None:
     options = parser.parse_args()
     from kvstore_adapters.reference import checkpoint, tokenizer
 
+    sys.path.append(str(ROOT))  # for what our tests have; engines get it too
     size, length = ("tiny", 1000) if options.quick else ("medium", 3000)
     generator = np.random.default_rng(0)
     prompts = [generator.integers(0, 256, length).tolist() for _ in range(options.prompts)]

@@ -34,6 +34,8 @@ from bench.peers.peer import (
     wait_for,
 )
 
+PointerCall = tuple[list[str], list[int], list[int]]
+
 LOOPBACK = "127.0.0.1"
 CALL_SECONDS = 30.0
 
@@ -108,6 +110,53 @@ class KVStoreTcp(KVStoreDaemon):
     over_tcp = True
 
 
+class KVStoreMooncake(KVStoreDaemon):
+    """The same through our client with Mooncake's methods: values by text keys, at addresses."""
+
+    def __init__(self, work: Path, source: Bytes, target: Bytes) -> None:
+        super().__init__(work, source, target)
+        from kvstore_adapters.mooncake import MooncakeDistributedStore
+
+        self.client = MooncakeDistributedStore()
+        settings = {"master_server_addr": self.address, "timeout": CALL_SECONDS}
+        assert self.client.setup(settings) == 0
+        for memory in (source, target):
+            assert self.client.register_buffer(memory.ctypes.data, memory.size) == 0
+
+    def use(self, size: int, batch: int) -> None:
+        super().use(size, batch)
+        self.puts, self.gets = pointer_calls(self), pointer_calls(self, self.target)
+
+    def put(self, call: int) -> None:
+        assert not any(self.client.batch_put_from(*self.puts[call]))
+
+    def get(self, call: int) -> None:
+        assert self.client.batch_get_into(*self.gets[call]) == self.gets[call][2]
+
+    def lookup(self, call: int) -> None:
+        assert self.client.batch_is_exist(self.gets[call][0]) == [1] * self.batch
+
+    def forget(self) -> None:
+        assert self.client.remove_all() == 0
+
+    def close(self) -> None:
+        self.client.close()
+        super().close()
+
+
+def pointer_calls(peer: Peer, memory: Bytes | None = None) -> list[PointerCall]:
+    """Keys, addresses in `memory` (default: the source) and sizes of each call."""
+    begin = (peer.source if memory is None else memory).ctypes.data
+    return [
+        (
+            [peer.keys[i] for i in peer.span(call)],
+            [begin + i * peer.size for i in peer.span(call)],
+            [peer.size] * peer.batch,
+        )
+        for call in range(peer.calls)
+    ]
+
+
 class MooncakeDaemon(Peer):
     """Mooncake Store: `mooncake_client` holds the segment, this is its shared-memory client."""
 
@@ -159,13 +208,7 @@ class MooncakeDaemon(Peer):
 
     def use(self, size: int, batch: int) -> None:
         super().use(size, batch)
-
-        def arguments(memory: Bytes, call: int) -> tuple[list[str], list[int], list[int]]:
-            at = [memory.ctypes.data + i * size for i in self.span(call)]
-            return [self.keys[i] for i in self.span(call)], at, [size] * batch
-
-        self.puts = [arguments(self.source, call) for call in range(self.calls)]
-        self.gets = [arguments(self.target, call) for call in range(self.calls)]
+        self.puts, self.gets = pointer_calls(self), pointer_calls(self, self.target)
 
     def put(self, call: int) -> None:
         keys, at, sizes = self.puts[call]
@@ -424,6 +467,7 @@ class LMCacheTcp(Peer):
 PEERS: dict[str, type[Peer]] = {
     "kvstore_unix": KVStoreDaemon,
     "kvstore_tcp": KVStoreTcp,
+    "kvstore_mooncake": KVStoreMooncake,
     "redis": Redis,
     "mooncake_shm": MooncakeDaemon,
     "mooncake_tcp": MooncakeTcp,

@@ -136,7 +136,7 @@ def _print_namespaces(found: list[Mapping[str, Any]], as_json: bool) -> None:
     if as_json:
         print_json({"namespaces": found})
     elif found:
-        console().print(views.namespaces(found))
+        console().print(Group(views.namespaces(found), views.namespace_texts(found)))
     else:
         console().print("no namespaces: nothing was put yet")
 

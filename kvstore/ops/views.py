@@ -213,6 +213,17 @@ def namespaces(found: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def namespace_texts(found: Sequence[Mapping[str, Any]]) -> Text:
+    """All that makes each namespace what it is: engines that do not share differ here."""
+    said = Text()
+    for namespace in found:
+        described = namespace.get("description")
+        texts = {**described, **described.get("spec", {})} if isinstance(described, Mapping) else {}
+        kept = [f"{k}={v}" for k, v in texts.items() if v != "" and k not in ("version", "spec")]
+        said += Text(f"\n{namespace.get('number', '?')}: ") + plain("; ".join(kept))
+    return said
+
+
 def hot_prefixes(status: Mapping[str, Any], at_most: int = 10) -> Table:
     table = _table(
         "hottest prefix", "namespace", "uses", "blocks", right=("namespace", "uses", "blocks")

@@ -1,6 +1,6 @@
 """`kvstore demo` prints the promised figures, and its texts are what the demo says they are.
 
-Whole runs with the smallest model, through the command line (a dozen processes that load torch: with
+Whole runs with the smallest model, through the command line (a dozen processes that load torch: in
 the slow suites); the rest looks at single pieces.
 """
 

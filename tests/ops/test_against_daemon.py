@@ -123,6 +123,7 @@ def test_a_status_has_every_part_that_is_declared(
 def test_inspect_finds_blocks_where_they_are(daemon: Daemon, engine: _native.Connection) -> None:
     namespaces = daemon.told("inspect")["namespaces"]
     assert namespaces[0]["digest"] == NAMESPACE.digest.hex()
+    assert f"layout={NAMESPACE.layout}" in run("inspect", "--connect", daemon.address).stdout
     absent = "00" * 32
     found = daemon.told(
         "inspect", "--namespace", namespaces[0]["digest"][:8], *HASHES.hex(), absent

@@ -9,7 +9,8 @@ import mmap
 import threading
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -66,6 +67,25 @@ class Pieces(NamedTuple):
         return cls([array.ctypes.data], [array.nbytes]) if array.nbytes else None
 
 
+def is_host_memory(address: int, num_bytes: int) -> bool:
+    """Whether all of it may be read and written by this process now.
+
+    Memory of a GPU has addresses too, and engines register it: to touch it would end the process.
+    """
+    end = address + num_bytes
+    with Path("/proc/self/maps").open() as lines:
+        for line in lines:
+            span, flags = line.split(None, 2)[:2]
+            first, last = (int(bound, 16) for bound in span.split("-"))
+            if first <= address < last:
+                if not flags.startswith("rw"):
+                    return False
+                if end <= last:
+                    return True
+                address = last
+    return False
+
+
 class Regions:
     """What the engine registered: the only memory that we read or write at its word.
 
@@ -80,7 +100,7 @@ class Regions:
         self._has_warned = False  # an engine that errs once does so with each block
 
     def add(self, address: int, num_bytes: int) -> bool:
-        """Return False, and change nothing, for no memory at all or what is registered in part."""
+        """Return False, and change nothing, for what overlaps another region or is none."""
         end = address + num_bytes
         if not 0 < address < end < 1 << 64:
             return False
@@ -149,8 +169,8 @@ class Regions:
 class MooncakeHostMemAllocator:
     """Page-aligned memory by its address, as SGLang asks for its host pool."""
 
-    def __init__(self) -> None:
-        self._mapped: dict[int, mmap.mmap] = {}
+    # Of all allocators: a tensor over such memory may outlive the one that it came from.
+    _mapped: ClassVar[dict[int, mmap.mmap]] = {}
 
     def alloc(self, num_bytes: int) -> int:
         """Return an address, or 0."""

@@ -31,7 +31,7 @@ from .codes import (
     UNAVAILABLE_IN_CURRENT_MODE,
     UNREACHABLE,
 )
-from .memory import Pieces, Regions, bytes_of
+from .memory import Pieces, Regions, bytes_of, is_host_memory
 from .objects import Objects
 from .sessions import Sessions
 from .setup import Setup
@@ -145,9 +145,13 @@ class MooncakeDistributedStore:
     # --- memory
 
     def register_buffer(self, buffer_ptr: int, size: int) -> int:
-        if self._objects is None or not self._regions.add(buffer_ptr, size):
+        """Let the other methods read and write this memory, which has to be the host's."""
+        if self._objects is None or size <= 0:
             return INVALID_PARAMS
-        return OK
+        if not is_host_memory(buffer_ptr, size):
+            logger.error("register_buffer: %d bytes at %#x: not the host's", size, buffer_ptr)
+            return INVALID_PARAMS
+        return OK if self._regions.add(buffer_ptr, size) else INVALID_PARAMS
 
     def unregister_buffer(self, buffer_ptr: int) -> int:
         return OK if self._regions.remove(buffer_ptr) else INVALID_PARAMS

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import kvstore
 from kvstore import ConfigError, Namespace, Store, StoreClosedError
-from kvstore_adapters.daemon_start import ensure_daemon
 from kvstore_adapters.settings import AdapterSettings
 
 _Key = tuple[str, int, int]  # address, rank, group
@@ -27,10 +26,7 @@ class Shards:
     def __init__(
         self, namespaces: Mapping[tuple[int, int], Namespace], settings: AdapterSettings
     ) -> None:
-        """`namespaces`: by (rank, group). Raises ConfigError when there are none.
-
-        Starts a daemon where the settings ask for one, and waits for it.
-        """
+        """`namespaces`: by (rank, group). Raises ConfigError when there are none."""
         if not namespaces:
             raise ConfigError("namespaces: a model has at least one rank and group")
         self._settings = settings
@@ -39,7 +35,6 @@ class Shards:
         self._stores: dict[_Key, Store] = {}
         self._is_closed = False
         self._lock = threading.Lock()
-        ensure_daemon(settings)
 
     def namespace(self, rank: int, group_id: int) -> Namespace:
         """Raises KeyError: no such shard."""

@@ -27,9 +27,9 @@ and one that stores.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,8 +40,11 @@ from sglang.srt.mem_cache.unified_cache.unified_cache_linker import (
 )
 from sglang.srt.utils import get_device_module
 
-import kvstore
+from kvstore import KVStoreError
+from kvstore_adapters.compat import check_release
+from kvstore_adapters.daemon_start import ensure_daemon
 from kvstore_adapters.planning.notices import Notices
+from kvstore_adapters.planning.shards import Shards
 from kvstore_adapters.sglang import hit_policies
 from kvstore_adapters.sglang.device_pages import DevicePages, Pieces
 from kvstore_adapters.sglang.index import HashIndex
@@ -56,6 +59,9 @@ logger = logging.getLogger(__name__)
 INDEX_PAGES = 1 << 20  # about 200 bytes each
 PIN_SECONDS = 30.0  # from the lookup of a request to the end of its load
 PIN_WAIT_SECONDS = 0.02  # that admission waits for a pin; computing the prefix costs more
+# That one request's pages may take to come from ssd while others wait for their pins; what comes
+# later is in DRAM for the next lookup.
+ACQUIRE_SECONDS = 0.05
 EVENT_SECONDS = 0.5  # between looks at what others stored and what went
 CLOSE_SECONDS = 5.0
 OFFLOAD_FRACTION = 2  # half of the device pages may be on their way out, and kept meanwhile
@@ -79,8 +85,10 @@ class KVStoreLinker(UnifiedCacheLinker):
         extra_config: dict[str, Any] | None = None,
         forward_stream: Any = None,
     ) -> None:
+        check_release("sglang")
         self.forward_stream = forward_stream
         self._settings = settings_of(extra_config or {})
+        ensure_daemon(self._settings)
         self._group = pool_group(params, components)
         self.pools = self._group.entry_map
         self.layer_done_counter = LayerWiseLoadCounter(self._group.num_layers)
@@ -94,7 +102,7 @@ class KVStoreLinker(UnifiedCacheLinker):
         self._pins = Pins(
             self._pages,
             lease_seconds=PIN_SECONDS,
-            acquire_seconds=self._settings.load_deadline,
+            acquire_seconds=min(ACQUIRE_SECONDS, self._settings.load_deadline),
             idle_seconds=EVENT_SECONDS,
             found=self._found,
             idle=self._take_events,
@@ -112,27 +120,30 @@ class KVStoreLinker(UnifiedCacheLinker):
     def _open(self, rank: Rank) -> dict[str, DevicePages]:
         settings = self._settings
         model = model_of(None, settings)
+        blocks = {name: block_of(entry, Pieces.of(entry)) for name, entry in self._entries()}
+        self._shards = Shards(
+            {
+                (0, number): namespace_of(name, block, rank, model)
+                for number, (name, block) in enumerate(blocks.items())
+            },
+            settings,
+        )
+        self._shards.connect_all()
         opened: dict[str, DevicePages] = {}
-        for pool_name, entry in self.pools.items():
-            name = _name(pool_name)
-            block = block_of(entry, Pieces.of(entry))
-            store = kvstore.connect(
-                settings.address,
-                namespace_of(name, block, rank, model),
-                timeout=settings.timeout,
-                token=Path(settings.token_file) if settings.token_file else None,
-                tenant=settings.tenant,
-                required=False,
-            )
+        for number, (name, entry) in enumerate(self._entries()):
+            store = self._shards.store(0, number)
             opened[name] = DevicePages(entry, store)
             logger.info(
                 "pool %s: pages of %d bytes, layout %s, namespace %s",
                 name,
-                block.spec.block_bytes,
-                block.layout,
+                blocks[name].spec.block_bytes,
+                blocks[name].layout,
                 store.namespace.digest.hex()[:16],
             )
         return opened
+
+    def _entries(self) -> list[tuple[str, Any]]:
+        return [(_name(pool_name), entry) for pool_name, entry in self.pools.items()]
 
     # --- 1. what is there
 
@@ -145,18 +156,17 @@ class KVStoreLinker(UnifiedCacheLinker):
             return []
 
     def _lookup(self, rid: str, asked: Sequence[PoolTransfer], keys: Sequence[str]) -> list[int]:
+        """Whatever the index knows, the whole prefix is asked for: the next lookup knows more."""
         lengths = self._restorable(asked, keys)
+        wants = _wanted(asked, keys, lengths)
+        pin = self._pins.begin(rid, _asks(asked, keys, wants), wants)
         if not lengths:
-            prefix = {_name(t.name): keys for t in asked if t.hit_policy == PoolHitPolicy.ALL_PAGES}
-            pin = self._pins.begin(rid, prefix, is_known=False)
             if pin is None or not self._pins.wait(pin, self._settings.lookup_wait):
                 return []
             lengths = self._restorable(asked, keys)
-            if not lengths:
-                return []
-        wants = _wanted(asked, keys, lengths[-1])
-        pin = self._pins.begin(rid, wants, is_known=True)
-        if self._is_alone:
+            wants = _wanted(asked, keys, lengths)
+            pin = self._pins.begin(rid, _asks(asked, keys, wants), wants) if lengths else None
+        if self._is_alone or not lengths:
             return lengths
         if pin is None or not self._pins.wait(pin, self._settings.lookup_wait):
             return []
@@ -171,7 +181,7 @@ class KVStoreLinker(UnifiedCacheLinker):
         for transfer in asked:
             index = self._indexes[_name(transfer.name)]
             present = np.fromiter((key in index for key in keys[:num_pages]), np.bool_, num_pages)
-            if transfer.hit_policy == PoolHitPolicy.TRAILING_PAGES:
+            if _is_trailing(transfer):
                 restorable &= hit_policies.trailing_pages(present, _window(transfer))
             else:
                 restorable &= hit_policies.all_pages(present)
@@ -268,8 +278,10 @@ class KVStoreLinker(UnifiedCacheLinker):
                 )
 
     def _take_events(self) -> None:
+        """Of a daemon that is away nothing is heard; its client says that it is away."""
         for name, pages in self._pages.items():
-            self._indexes[name].apply(pages.store.events())
+            with contextlib.suppress(KVStoreError):
+                self._indexes[name].apply(pages.store.events())
 
     # --- ending
 
@@ -288,8 +300,7 @@ class KVStoreLinker(UnifiedCacheLinker):
         self._loader.close(CLOSE_SECONDS)
         self._saver.close(CLOSE_SECONDS)
         self._pins.close(CLOSE_SECONDS)
-        for pages in self._pages.values():
-            pages.store.close(CLOSE_SECONDS)
+        self._shards.close(CLOSE_SECONDS)
 
 
 def _name(pool_name: Any) -> str:
@@ -311,21 +322,32 @@ def _window(transfer: PoolTransfer) -> int:
     return max(1, len(transfer.keys or ()))
 
 
-def _wanted(asked: Sequence[PoolTransfer], keys: Sequence[str], num_pages: int) -> Wants:
-    """The pages of each pool that a prefix of `num_pages` needs."""
+def _is_trailing(transfer: PoolTransfer) -> bool:
+    return bool(transfer.hit_policy == PoolHitPolicy.TRAILING_PAGES)
+
+
+def _wanted(asked: Sequence[PoolTransfer], keys: Sequence[str], lengths: Sequence[int]) -> Wants:
+    """The pages of each pool that the longest of the prefixes needs; none for no prefix."""
     wants: dict[str, Sequence[str]] = {}
-    for transfer in asked:
-        is_trailing = transfer.hit_policy == PoolHitPolicy.TRAILING_PAGES
-        begin = max(0, num_pages - _window(transfer)) if is_trailing else 0
-        wants[_name(transfer.name)] = keys[begin:num_pages]
+    for transfer in asked if lengths else ():
+        end = lengths[-1]
+        begin = max(0, end - _window(transfer)) if _is_trailing(transfer) else 0
+        wants[_name(transfer.name)] = keys[begin:end]
     return wants
+
+
+def _asks(asked: Sequence[PoolTransfer], keys: Sequence[str], wants: Wants) -> Wants:
+    """All that may be there: of a pool with a window only what is wanted, because its pages are
+    of use only together with a prefix of known length."""
+    whole = {_name(t.name): keys for t in asked if not _is_trailing(t)}
+    return {**wants, **whole}
 
 
 def _promised(pin: Pin, wants: Wants, asked: Sequence[PoolTransfer]) -> list[int]:
     """The lengths of prefixes that are pinned. Where a pool has a window, only the whole one: the
     windows of shorter prefixes are not pinned."""
     whole = len(wants[_KV])
-    if any(transfer.hit_policy == PoolHitPolicy.TRAILING_PAGES for transfer in asked):
+    if any(map(_is_trailing, asked)):
         return [whole] if pin.holds(wants) else []
     num_pages = min(pin.pages[name].num_pages for name in wants) if pin.asks_for(wants) else 0
     return list(range(1, min(whole, num_pages) + 1))

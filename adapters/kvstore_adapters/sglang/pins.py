@@ -26,8 +26,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore import BlockHashes, KVStoreError, Lease, Store
+from kvstore_adapters.planning.notices import Notices
 
-_log = logging.getLogger("kvstore.sglang")
+logger = logging.getLogger(__name__)
 
 MAX_QUEUED = 64  # requests whose pins are asked for; more are not asked for at all
 MAX_PINS = 256
@@ -158,6 +159,7 @@ class Pins:
         # Ending a lease asks the store as well, so it is not for the scheduler's thread. Bounded by
         # what was asked for.
         self._ended: deque[Pin] = deque()
+        self._notices = Notices(logger)
         self._busy_since = float("inf")
         self._is_closing = False
         self._thread = threading.Thread(target=self._run, daemon=True, name="kvstore-pins")
@@ -166,18 +168,21 @@ class Pins:
     def __len__(self) -> int:
         return len(self._pins)
 
-    def begin(self, request_id: str, wants: Wants, *, is_known: bool) -> Pin | None:
+    def begin(self, request_id: str, asks: Wants, wants: Wants) -> Pin | None:
         """Start to pin pages for a request; None when too many are asked for already.
 
-        The same question again gives the same pin, for as long as its answer is fresh. Pages that
-        `is_known` to be there are asked for again when the answer was that they are not.
+        The same question again gives the same pin, for as long as its answer is fresh.
+
+        Args:
+            asks: the pages to pin, as far as they are there.
+            wants: those of them that are thought to be there; asked for again if they were not.
         """
         with self._lock:
             pin = self._pins.get(request_id)
-            if pin is not None and pin.asks_for(wants) and self._is_fresh(pin, wants, is_known):
+            if pin is not None and pin.asks_for(asks) and self._is_fresh(pin, wants):
                 return pin
             self._drop(request_id)
-            pin = Pin({name: PinnedPages(keys) for name, keys in wants.items()})
+            pin = Pin({name: PinnedPages(keys) for name, keys in asks.items()})
             try:
                 self._asked.put_nowait(pin)
             except queue.Full:
@@ -213,11 +218,11 @@ class Pins:
             self._asked.put_nowait(None)
         self._thread.join(timeout)
 
-    def _is_fresh(self, pin: Pin, wants: Wants, is_known: bool) -> bool:
+    def _is_fresh(self, pin: Pin, wants: Wants) -> bool:
         age = time.monotonic() - pin.born
-        if pin.is_done and not pin.holds(wants):
-            return not is_known and age < self._idle_seconds
-        return age < self._lease_seconds / 2
+        if pin.is_done and not wants:
+            return age < self._idle_seconds  # nothing was there; others may have stored it since
+        return age < self._lease_seconds / 2 and (not pin.is_done or pin.holds(wants))
 
     def _sweep(self) -> None:
         """Drop the pins of requests that seem to have gone, and the oldest of too many."""
@@ -272,8 +277,8 @@ class Pins:
                 self._ended.append(pin)
 
     def _attempt(self, work: Callable[[], None]) -> None:
-        """This thread outlives whatever a store that is away or closed says."""
+        """This thread outlives whatever goes wrong: without it nothing is found any more."""
         try:
             work()
-        except KVStoreError as error:
-            _log.debug("the store did not answer: %s", error)
+        except Exception as error:  # noqa: BLE001  also what is no KVStoreError
+            self._notices.warn("pages could not be looked for", repr(error))

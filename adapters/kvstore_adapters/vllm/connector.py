@@ -170,6 +170,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
             self._settings,
             recorder(kv_caches),
             is_writer=is_writer(caches, config, rank),
+            has_other_groups=len(caches.kv_cache_groups) > len(self._groups),
         )
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:

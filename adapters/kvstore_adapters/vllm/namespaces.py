@@ -76,6 +76,8 @@ def groups_of(kv_cache_config: Any) -> tuple[Group, ...]:
     Raises:
         ConfigError: the model has layers whose state cannot be found by a prefix's hashes.
     """
+    if getattr(kv_cache_config, "hisparse_host_num_blocks", None) is not None:
+        raise ConfigError("hisparse: its host pool numbers blocks of its own; not supported")
     kept = set(kv_cache_config.prefix_cacheable_group_ids)
     groups = []
     for group_id in kv_cache_config.transfer_group_ids:
@@ -141,7 +143,7 @@ def namespaces_of(
     replicas = int(kv_cache_config.kv_tp_replicas)
     tp_size = int(parallel.tensor_parallel_size)
     pp_size = int(parallel.pipeline_parallel_size)
-    model, revision = _model(vllm_config, settings)
+    model, revision = model_of(vllm_config, settings)
     made = {}
     for group in groups:
         layers = layers_of(kv_cache_config, group.group_id)
@@ -179,7 +181,7 @@ def _check(vllm_config: Any) -> None:
         )
 
 
-def _model(vllm_config: Any, settings: AdapterSettings) -> tuple[str, str]:
+def model_of(vllm_config: Any, settings: AdapterSettings) -> tuple[str, str]:
     """Return the model's name, and as its revision all that makes its KV other than the weights'
     alone."""
     model = vllm_config.model_config

@@ -25,6 +25,7 @@ from .events import SaveEvents
 from .metadata import PlanMetadata, ReportMetadata
 from .namespaces import groups_of, namespaces_of, namespaces_told
 from .stats import KVStoreStats
+from .worker_side import tells_blocks
 
 _LOG = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class SchedulerSide:
         transfer = vllm_config.kv_transfer_config
         groups = groups_of(kv_cache_config)
         namespaces = namespaces_of(vllm_config, kv_cache_config, settings)
-        forced = _why_async(vllm_config, groups)
+        forced = _why_async(vllm_config, groups, len(kv_cache_config.kv_cache_groups))
         self._is_async = settings.load == "async" or forced is not None
         if transfer.is_kv_consumer and transfer.kv_load_failure_policy == "fail":
             _LOG.warning(_POLICY)
@@ -232,10 +233,10 @@ def _tables(blocks: Any) -> list[_Table]:
     return [_Table(group) for group in blocks.blocks]
 
 
-def _why_async(vllm_config: Any, groups: Sequence[Group]) -> str | None:
+def _why_async(vllm_config: Any, groups: Sequence[Group], num_engine_groups: int) -> str | None:
     """Return what forbids loads that a step waits for, if anything does."""
-    if len(groups) > 1:
-        return "several groups of layers, as vLLM cannot be told that such a load failed"
+    if num_engine_groups > 1 or not tells_blocks(groups):
+        return "several groups of layers, or a window: vLLM cannot be told that such a load failed"
     if vllm_config.max_concurrent_batches > 1:
         # The next step would save what it computed on top of a load that failed.
         return "steps that are scheduled before the one before has ended"

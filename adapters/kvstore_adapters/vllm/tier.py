@@ -18,6 +18,7 @@ import hashlib
 import json
 import logging
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -28,6 +29,7 @@ import numpy.typing as npt
 from vllm import __version__ as vllm_version
 from vllm.platforms import current_platform
 from vllm.v1.kv_offload.base import (
+    Locality,
     LookupResult,
     Medium,
     OffloadKey,
@@ -41,8 +43,11 @@ from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, Tra
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 import kvstore
+from kvstore_adapters.daemon_start import ensure_daemon
+from kvstore_adapters.identity import model_identity
 from kvstore_adapters.planning.shards import Shards
 from kvstore_adapters.settings import AdapterSettings
+from kvstore_adapters.vllm.namespaces import model_of
 
 logger = logging.getLogger(__name__)
 
@@ -59,13 +64,21 @@ class _Finished(NamedTuple):
     num_waiting: int  # chunks that had waited to be stored
 
 
-def namespace_of(config: OffloadingConfig, chunk_bytes: int, model: str = "") -> kvstore.Namespace:
+def namespace_of(
+    config: OffloadingConfig, chunk_bytes: int, model: tuple[str, str], backend: str = ""
+) -> kvstore.Namespace:
     """What must match for a chunk to be of use to another engine. Groups are in the keys too, but
-    what a group is, only here."""
+    what a group is, only here.
+
+    Args:
+        model: name and revision.
+        backend: the attention backend, where the user named one.
+    """
     parallel = config.parallel
     layout = {
         "vllm": vllm_version,
         "device": current_platform.device_type,
+        "backend": backend,
         "dtype": config.model.dtype,
         "groups": [(g.group_id, g.tokens_per_block, g.layer_names) for g in config.groups],
         "tokens_per_hash": config.cache.tokens_per_hash,
@@ -75,13 +88,41 @@ def namespace_of(config: OffloadingConfig, chunk_bytes: int, model: str = "") ->
     }
     digest = hashlib.sha256(json.dumps(layout, sort_keys=True).encode()).hexdigest()
     return kvstore.Namespace(
-        model=model or config.model.name,
+        model=model[0],
+        revision=model[1],
         spec=kvstore.BlockSpec.of_bytes(chunk_bytes),
         layout=f"vllm-tier-1-{digest[:32]}",
         tp_size=parallel.tp_size,
         pp_size=parallel.pp_size,
         hash_algorithm="external",
     )
+
+
+def _engine_config(engine_id: str) -> Any:
+    """The VllmConfig of the engine that is being built, from who called us; None without one.
+
+    vLLM tells a tier the model's path, and not its revision, quantization or overrides, which make
+    other KV of the same tokens.
+    """
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        found = frame.f_locals.get("vllm_config")
+        transfer = getattr(found, "kv_transfer_config", None)
+        if getattr(transfer, "engine_id", None) == engine_id:
+            return found
+    return None
+
+
+def _identity(config: OffloadingConfig, settings: AdapterSettings) -> tuple[tuple[str, str], str]:
+    """The model's name and revision, and the attention backend that the user named."""
+    engine = _engine_config(config.engine_id)
+    if engine is not None:
+        return model_of(engine, settings), str(engine.attention_config.backend or "")
+    if settings.model:
+        return (settings.model, ""), ""
+    logger.warning("the model's revision is not known; set `model` to tell revisions apart")
+    return model_identity(config.model.name), ""
 
 
 def names_of(keys: Iterable[OffloadKey]) -> kvstore.BlockHashes:
@@ -103,8 +144,9 @@ class KVStoreTier(SecondaryTierManager):
     """A secondary tier on a kvstore daemon.
 
     Args:
-        settings: of `AdapterSettings`: `address`, `timeout`, `load_deadline`, `tenant`,
-            `token_file`, `model`, and `max_pinned_fraction`, here of vLLM's pool.
+        locality: "LOCAL" or "REMOTE", for requests that say which tiers they load from.
+        settings: of `AdapterSettings`: `address`, `start_daemon`, `timeout`, `load_deadline`,
+            `tenant`, `token_file`, `model`, and `max_pinned_fraction`, here of vLLM's pool.
 
     Raises:
         ConfigError, IncompatibleError: a setting is wrong, or a daemon is there and refuses us.
@@ -119,15 +161,17 @@ class KVStoreTier(SecondaryTierManager):
         primary_kv_view: memoryview,
         tier_type: str,
         backpressure_detector: Any = None,
+        locality: str | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
+        self.locality = None if locality is None else Locality(locality)
         self._settings = AdapterSettings.of(settings)
         # None after `shutdown`: the pool cannot be unmapped while we have its address.
         self._buffers: kvstore.BlockBuffers | None = kvstore.ContiguousBlocks(primary_kv_view)
-        namespace = namespace_of(
-            offloading_spec.config, self._buffers.block_bytes, self._settings.model
-        )
+        model, backend = _identity(offloading_spec.config, self._settings)
+        namespace = namespace_of(offloading_spec.config, self._buffers.block_bytes, model, backend)
+        ensure_daemon(self._settings)
         self._shards = Shards({(0, 0): namespace}, self._settings)
         self._store = self._shards.store(0, 0)
         self._lookups = _Lookups(self._store, tier_type)

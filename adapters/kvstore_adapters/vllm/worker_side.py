@@ -32,6 +32,7 @@ class WorkerSide:
         record: Callable[[], Callable[[], None]] | None = None,
         *,
         is_writer: bool = True,
+        has_other_groups: bool = False,
     ) -> None:
         """
         Args:
@@ -40,6 +41,7 @@ class WorkerSide:
             pages: by group, from `vllm.pages.pages_of`.
             record: marks the device's work so far; what it returns waits until that is done.
             is_writer: False: another rank holds and saves the same blocks.
+            has_other_groups: the engine has groups besides ours.
 
         Raises:
             ConfigError: blocks have other sizes here than the namespaces say, or the daemon
@@ -47,7 +49,7 @@ class WorkerSide:
         """
         own = {key: name for key, name in namespaces.items() if key[0] == rank}
         _check_sizes(own, pages)
-        self._is_one_group = len(groups) == 1
+        self._tells_blocks = tells_blocks(groups) and not has_other_groups
         self._record = record
         self._is_writer = is_writer
         self._shards = Shards(own, settings)
@@ -88,8 +90,9 @@ class WorkerSide:
     def finished_loads(self) -> tuple[set[str], set[str]]:
         """Return the requests whose async load ended now, and those of them whose load failed.
 
-        Where all layers are in one group, failures are told by block instead, see `failed_blocks`.
-        With several groups vLLM has no way to hear of a sync load that failed, so none are planned.
+        Where all layers are in one group of full attention, failures are told by block instead, see
+        `failed_blocks`. Elsewhere vLLM has no way to hear of a sync load that failed, so none are
+        planned.
         """
         finished: set[str] = set()
         failed: set[str] = set()
@@ -100,7 +103,7 @@ class WorkerSide:
                 finished.add(request_id)
             if outcome.is_complete:
                 continue
-            if self._is_one_group:
+            if self._tells_blocks:
                 self._failed_blocks.update(outcome.failed_block_ids)
             elif not is_sync:
                 failed.add(request_id)
@@ -126,6 +129,13 @@ class WorkerSide:
         """Give queued saves `timeout` seconds, and release all. Safe to call twice."""
         self._transfers.close(timeout)
         self._shards.close(timeout)
+
+
+def tells_blocks(groups: Sequence[Group]) -> bool:
+    """Whether vLLM can be told which blocks did not come, and keeps those before them. Of several
+    groups it cannot tell blocks apart; and of a window it would keep a beginning whose blocks were
+    never loaded, as the whole prefix did not need them."""
+    return len(groups) == 1 and groups[0].kind == "full"
 
 
 def _check_sizes(

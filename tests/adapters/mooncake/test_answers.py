@@ -8,6 +8,8 @@ not registered, and use before setup or after close, which Mooncake does not sur
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import mmap
 import os
 import signal
 import subprocess
@@ -218,6 +220,28 @@ def test_registering(store: MooncakeDistributedStore) -> None:
     assert store.put_from("gone", at(1000), 10) == INVALID
 
 
+def test_memory_that_would_end_the_process_is_not_registered(
+    store: MooncakeDistributedStore,
+) -> None:
+    """A GPU's, for one: its addresses are reserved, and cannot be read."""
+    page = mmap.PAGESIZE
+    with mmap.mmap(-1, 4 * page, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as mapped:
+        view = np.frombuffer(mapped, np.uint8)
+        at = int(view.ctypes.data)
+        protect = ctypes.CDLL(None).mprotect
+        protect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        assert protect(at + page, page, 0) == 0
+        assert protect(at + 3 * page, page, mmap.PROT_READ) == 0
+        for begin, count in ((0, 2), (1, 1), (1, 2), (2, 2), (3, 1)):
+            assert store.register_buffer(at + begin * page, count * page) == INVALID
+        assert store.register_buffer(at + 2 * page, page) == OK
+        assert store.put_from("key", at + 2 * page, page) == OK
+        assert store.put_from("key", at + page, page) == INVALID
+        assert protect(at, 4 * page, mmap.PROT_READ | mmap.PROT_WRITE) == 0
+        del view
+    assert store.register_buffer(1 << 46, page) == INVALID
+
+
 def test_sessions(store: MooncakeDistributedStore, memory: Memory) -> None:
     at = memory.at
     store.put("key", bytes(range(100)))
@@ -347,7 +371,7 @@ def test_without_the_daemon_nothing_is_there_and_nothing_is_stored(
 ) -> None:
     with PrivateDaemon(tmp_path, cpu="4MiB") as daemon:
         daemon.start()
-        store = client(daemon.address, timeout="0.2")
+        store = client(daemon.address, timeout="0.1")
         memory = Memory(1000, store)
         assert store.put("old", b"value") == OK
         os.kill(daemon.pid, how)

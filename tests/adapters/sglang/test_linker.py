@@ -366,6 +366,18 @@ def test_a_linker_and_hicache_have_the_same_blocks(make: Make, daemon: PrivateDa
         other.close()
 
 
+def test_a_prefix_that_is_known_in_part_is_known_whole_next_time(make: Make) -> None:
+    tokens = prompt(FULL, 6)
+    make().compute_and_store(tokens, 20)
+    reader = make()
+    transfers = lookup_transfers(reader, tokens)
+    names = list(transfers[0].keys or ())
+    reader.linker._indexes["kv"].add(names[:2])
+    assert reader.linker.lookup("first", transfers) == [1, 2]
+    wait_until(lambda: reader.linker.lookup("next", transfers) == [1, 2, 3, 4, 5, 6])
+    assert reader.consume(tokens).num_loaded == len(tokens)
+
+
 def test_blocks_that_go_between_lookup_and_load_are_computed(make: Make) -> None:
     """The index still knows them; admission finds out, and the next lookup knows better."""
     tokens = prompt(FULL, 6)

@@ -94,7 +94,7 @@ def test_pinned_pages_survive_a_full_store_until_they_are_released(
     hashes = chain(1, 4)
     put(store, hashes)
     wants = {POOL: hashes.hex() + chain(2, 1).hex()}
-    pin = pins.begin("request", wants, is_known=True)
+    pin = pins.begin("request", wants, wants)
     assert pin is not None
     assert pins.wait(pin, WAIT_S)
     assert found == [(POOL, 4)]
@@ -113,11 +113,11 @@ def test_nobody_waits_for_a_store_that_keeps_another_question_waiting(
     source: Source, pins: Pins
 ) -> None:
     source.gate.clear()
-    first = pins.begin("first", {POOL: chain(1, 1).hex()}, is_known=False)
+    first = pins.begin("first", {POOL: chain(1, 1).hex()}, {})
     assert first is not None
     wait_until(lambda: source.num_asked == 1)
     assert not pins.wait(first, 0.001)
-    second = pins.begin("second", {POOL: chain(2, 1).hex()}, is_known=False)
+    second = pins.begin("second", {POOL: chain(2, 1).hex()}, {})
     assert second is not None
     began = time.monotonic()
     wait_until(lambda: time.monotonic() - pins._busy_since > 0.001)
@@ -130,7 +130,7 @@ def test_nobody_waits_for_a_store_that_keeps_another_question_waiting(
 def test_questions_beyond_the_bound_are_not_asked(source: Source, pins: Pins) -> None:
     source.gate.clear()
     wants = {POOL: chain(1, 1).hex()}
-    begun = [pins.begin(str(i), wants, is_known=False) for i in range(pins_module.MAX_QUEUED + 5)]
+    begun = [pins.begin(str(i), wants, {}) for i in range(pins_module.MAX_QUEUED + 5)]
     # One may have been taken from the queue already.
     assert 4 <= sum(pin is None for pin in begun) <= 5
     source.gate.set()
@@ -143,20 +143,20 @@ def test_the_same_question_is_asked_once_while_its_answer_is_fresh(
     hashes = chain(1, 3)
     put(store, hashes)
     whole, part = {POOL: hashes.hex()}, {POOL: hashes[:2].hex()}
-    pin = pins.begin("request", whole, is_known=True)
+    pin = pins.begin("request", whole, whole)
     assert pin is not None
     assert pins.wait(pin, WAIT_S)
     asked = source.num_asked
-    assert pins.begin("request", part, is_known=True) is pin
-    assert pins.begin("request", whole, is_known=False) is pin
+    assert pins.begin("request", part, part) is pin
+    assert pins.begin("request", whole, part) is pin
     assert source.num_asked == asked
-    other = pins.begin("request", {POOL: chain(2, 1).hex()}, is_known=False)
+    other = pins.begin("request", {POOL: chain(2, 1).hex()}, {})
     assert other is not None
     assert other is not pin
     assert pins.wait(other, WAIT_S)
     wait_until(lambda: pin.pages[POOL].num_pages == 0)
     put(store, chain(2, 1))
-    again = pins.begin("request", {POOL: chain(2, 1).hex()}, is_known=True)
+    again = pins.begin("request", {POOL: chain(2, 1).hex()}, {POOL: chain(2, 1).hex()})
     assert again is not None
     assert pins.wait(again, WAIT_S)
     assert again.pages[POOL].num_pages == 1
@@ -168,12 +168,12 @@ def test_an_error_of_the_store_pins_nothing_and_ends_nothing(
     hashes = chain(1, 2)
     put(store, hashes)
     source.error = kvstore.StoreClosedError("the store is closed")
-    pin = pins.begin("request", {POOL: hashes.hex()}, is_known=True)
+    pin = pins.begin("request", {POOL: hashes.hex()}, {POOL: hashes.hex()})
     assert pin is not None
     assert pin.wait(WAIT_S)
     assert pin.pages[POOL].num_pages == 0
     source.error = None
-    later = pins.begin("request", {POOL: hashes.hex()}, is_known=True)
+    later = pins.begin("request", {POOL: hashes.hex()}, {POOL: hashes.hex()})
     assert later is not None
     assert later.wait(WAIT_S)
     assert later.pages[POOL].num_pages == 2
@@ -190,7 +190,7 @@ def test_closing_ends_all_leases_and_answers_all_questions(store: Store, source:
         found=lambda *_: None,
         idle=lambda: None,
     )
-    begun = [pins.begin(str(i), {POOL: hashes.hex()}, is_known=True) for i in range(20)]
+    begun = [pins.begin(str(i), {POOL: hashes.hex()}, {POOL: hashes.hex()}) for i in range(20)]
     pins.close(WAIT_S)
     assert all(pin is not None and pin.is_done for pin in begun)
     assert num_free(store) == SLOTS

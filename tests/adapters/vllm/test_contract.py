@@ -326,6 +326,29 @@ def test_a_failed_load_of_several_groups_is_told_by_request(make: Make) -> None:
     assert second.free_blocks == second.all_blocks
 
 
+@pytest.mark.parametrize("load", ["async", "sync"])
+@pytest.mark.parametrize("first_gone", [0, 4])
+def test_of_a_lone_window_group_nothing_is_kept_of_a_load_that_failed(
+    make: Make, load: str, first_gone: int
+) -> None:
+    # Of its prefix only the window was to come: there is no beginning to go on from.
+    first = make(specs=[window(2 * BLOCK + 16)], load=load)
+    first.run("a", prompt(200))
+    first.settle()
+    second = make(specs=[window(2 * BLOCK + 16)], load=load)
+
+    def lose(output: Any) -> None:
+        if output.kv_connector_metadata.plan.loads:
+            remove(second, first_gone)
+
+    second.on_scheduled = lose
+    second.add("b", prompt(200))
+    second.settle()
+    assert second.computed["b"] == 201
+    assert second.free_blocks == second.all_blocks
+    assert make(specs=[window(2 * BLOCK + 16)], load=load).run("c", prompt(200)) == 201 - 192
+
+
 def test_a_request_aborted_while_its_blocks_come_frees_them_when_they_have(make: Make) -> None:
     first = make()
     first.run("a", prompt(100))

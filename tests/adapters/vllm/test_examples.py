@@ -1,16 +1,26 @@
-"""The examples for vLLM run as their first lines say, and show what they promise."""
+"""The examples for vLLM run as their first lines say, and show what they promise.
+
+They name the connector as a user does, so vLLM has to find it by our entry point.
+"""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
 
 from tests.adapters.vllm import support
 
-pytestmark = support.pytestmark
+pytestmark = [
+    *support.pytestmark,
+    pytest.mark.skipif(
+        "kvstore" not in entry_points(group="vllm.general_plugins").names,
+        reason="kvstore-llm is on the path, but not installed",
+    ),
+]
 
 
 def run(script: str, directory: Path, *arguments: str) -> str:

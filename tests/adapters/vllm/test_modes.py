@@ -140,28 +140,3 @@ def test_beside_another_connector(
         again = tokens_of(engine.one_by_one(prompts))
         assert engine.external_hits() > 0
     assert first == again == reference(prompts)
-
-
-@slow
-def test_kvstore_below_vllms_own_offloading(
-    model: Path, daemon: Daemon, reference: Reference, tmp_path: Path
-) -> None:
-    """KVStoreTier, with a worker that needs no GPU in the place of vLLM's."""
-    prompts = support.prompts()
-    tier = {"type": "KVStoreTier", "module_path": "kvstore_adapters.vllm.tier"}
-    config = {
-        "kv_connector": "OffloadingConnector",
-        "kv_role": "kv_both",
-        "kv_connector_extra_config": {
-            "spec_name": "HostOffloadingSpec",
-            "spec_module_path": "bench.engines.cpu_offloading",
-            "cpu_bytes_to_use": 16 << 20,
-            "secondary_tiers": [{**tier, "address": daemon.address}],
-        },
-    }
-    for expected_hits in (False, True):  # an engine that computes them, and another one
-        with EngineProcess(model, tmp_path / f"log-{expected_hits}", config) as engine:
-            assert tokens_of(engine.one_by_one(prompts)) == reference(prompts)
-            assert (engine.external_hits() > 0) == expected_hits
-            engine.reset()
-            support.wait_stored(daemon.address, support.full_blocks(prompts))

@@ -25,10 +25,13 @@ with warnings.catch_warnings():
     pytest.importorskip("vllm.v1.kv_offload.tiering.manager")
 
 from vllm.v1.kv_offload.base import (
+    Locality,
     LookupResult,
     OffloadKey,
     ReqContext,
     ScheduleEndContext,
+    TierFilter,
+    TierMatcher,
     make_offload_key,
 )
 from vllm.v1.kv_offload.config import (
@@ -98,6 +101,7 @@ class Offloading:
         self._region = SharedOffloadRegion(
             f"test{os.getpid()}-{time.monotonic_ns()}", POOL_CHUNKS, None, CHUNK_BYTES, CHUNK_BYTES
         )
+        Path(self._region.mmap_path).unlink()  # it stays mapped, and is gone whatever happens
         primary = CPUPrimaryTierOffloadingManager(POOL_CHUNKS, self._region)
         view = primary.get_kv_memoryview()
         tier = {"type": "KVStoreTier", "module_path": "kvstore_adapters.vllm.tier"}
@@ -163,10 +167,7 @@ class Offloading:
 
     def close(self) -> None:
         self.rows = None
-        try:
-            self.manager.shutdown()
-        finally:
-            Path(self._region.mmap_path).unlink(missing_ok=True)
+        self.manager.shutdown()
 
 
 def ids_of(spec: Any) -> list[int]:
@@ -195,7 +196,7 @@ def offloading(daemon: PrivateDaemon) -> Iterator[Callable[..., Offloading]]:
 
 def damage(address: str, number: int) -> None:
     """Change a byte of a chunk in the daemon's memory."""
-    namespace = namespace_of(offloading_config(), CHUNK_BYTES)
+    namespace = namespace_of(offloading_config(), CHUNK_BYTES, ("some/model", ""))
     with (
         kvstore.connect(address, namespace) as store,
         store.acquire(names_of([key(number)])) as lease,
@@ -326,6 +327,18 @@ def test_stores_that_would_hold_the_pool_are_dropped(
         assert [result.success for result in dropped] == [False, False]
     finally:
         os.kill(daemon.pid, signal.SIGCONT)
+
+
+def test_a_request_may_leave_the_tier_out(offloading: Callable[..., Offloading]) -> None:
+    engine = offloading(locality="REMOTE")
+    engine.store(0, 1)
+    engine.forget_pool()
+    here = TierFilter((TierMatcher(locality=Locality.LOCAL),))
+    context = engine.request()
+    context.load_tier_filter = here
+    assert engine.manager.lookup(key(0), context) is LookupResult.MISS
+    engine.manager.on_request_finished(context)
+    assert engine.find(0) is LookupResult.HIT
 
 
 def test_an_unknown_setting_is_named(tmp_path: Path) -> None:

@@ -71,6 +71,17 @@ def test_a_model_with_sliding_windows_is_shared_too(
     assert hits >= support.SHARED_TOKENS
 
 
+@pytest.mark.parametrize("change", [{"load_format": "dummy"}, {"dtype": "bfloat16"}])
+def test_another_model_at_the_same_path_is_a_miss(
+    model: Path, daemon: Daemon, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    """vLLM does not tell a tier how weights are loaded: it has to find out."""
+    prompts = support.prompts(1)
+    run(model, daemon.address, tmp_path / "first", prompts)
+    support.wait_stored(daemon.address, support.full_blocks(prompts))
+    assert run(model, daemon.address, tmp_path / "second", prompts, **change)[1] == 0
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_the_engine_serves_on_without_the_daemon(
     model: Path, daemon: Daemon, reference: Reference, tmp_path: Path, how: signal.Signals

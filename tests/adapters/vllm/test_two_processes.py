@@ -4,6 +4,7 @@ the next one loads, unless it is another model or another layout of blocks.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from tests.adapters.vllm import support
 from tests.adapters.vllm.conftest import Reference
 from tests.adapters.vllm.support import BLOCK_TOKENS, EngineProcess, tokens_of
-from tests.daemon.daemon_support import Daemon
+from tests.daemon.daemon_support import Daemon, running
 
 pytestmark = support.pytestmark
 
@@ -27,18 +28,30 @@ def run(
         return found, engine.external_hits()
 
 
+PROMPTS = support.prompts()
+
+
+@pytest.fixture(scope="module")
+def filled(
+    model: Path, reference: Reference, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Daemon]:
+    """A daemon that has what an engine computed which is gone."""
+    home = tmp_path_factory.mktemp("d")
+    with running(home, *support.DAEMON) as daemon:
+        assert run(model, daemon, home / "first", PROMPTS) == (reference(PROMPTS), 0)
+        support.wait_stored(daemon.address, support.full_blocks(PROMPTS))
+        yield daemon
+
+
 def test_a_second_process_loads_what_the_first_computed(
-    model: Path, daemon: Daemon, reference: Reference, tmp_path: Path
+    model: Path, filled: Daemon, reference: Reference, tmp_path: Path
 ) -> None:
     """The second one is started as vLLM starts itself: engine core and worker as processes too."""
-    prompts = support.prompts()
-    tokens, hits = run(model, daemon, tmp_path / "first", prompts)
-    assert (tokens, hits) == (reference(prompts), 0)
-    support.wait_stored(daemon.address, support.full_blocks(prompts))
-    tokens, hits = run(model, daemon, tmp_path / "second", prompts, in_process=False)
-    assert (tokens, hits) == (reference(prompts), support.full_blocks(prompts) * BLOCK_TOKENS)
+    tokens, hits = run(model, filled, tmp_path / "second", PROMPTS, in_process=False)
+    assert (tokens, hits) == (reference(PROMPTS), support.full_blocks(PROMPTS) * BLOCK_TOKENS)
 
 
+@pytest.mark.slow
 def test_a_producer_only_saves_and_a_consumer_only_loads(
     model: Path, daemon: Daemon, reference: Reference, tmp_path: Path
 ) -> None:
@@ -54,22 +67,24 @@ def test_a_producer_only_saves_and_a_consumer_only_loads(
     assert hits > 0
 
 
-@pytest.mark.parametrize("other", ["weights", "dtype", "block_size"])
+@pytest.mark.parametrize(
+    "other",
+    ["weights", pytest.param("dtype", marks=pytest.mark.slow), "block_size"],
+)
 def test_another_model_or_layout_is_a_miss(
-    other: str, model: Path, daemon: Daemon, reference: Reference, tmp_path: Path
+    other: str, model: Path, filled: Daemon, reference: Reference, tmp_path: Path
 ) -> None:
-    prompts = support.prompts(1)
-    run(model, daemon, tmp_path / "first", prompts)
-    support.wait_stored(daemon.address, support.full_blocks(prompts))
     choices: dict[str, dict[str, Any]] = {
         "weights": {"model": support.write_model(tmp_path / "other", seed=1)},
         "dtype": {"dtype": "bfloat16"},
         "block_size": {"block_size": 2 * BLOCK_TOKENS},
     }
     arguments = choices[other]
-    wanted = reference(prompts, **arguments)
+    # A block's size changes no number, so those tokens are known.
+    numerics = {name: arguments[name] for name in ("model", "dtype") if name in arguments}
+    wanted = reference(PROMPTS, **numerics)
     log = tmp_path / "second"
-    tokens, hits = run(arguments.pop("model", model), daemon, log, prompts, **arguments)
+    tokens, hits = run(arguments.pop("model", model), filled, log, PROMPTS, **arguments)
     assert (tokens, hits) == (wanted, 0)
     warnings = [line for line in log.read_text().splitlines() if "kvstore" in line.lower()]
     assert sum("WARNING" in line or "ERROR" in line for line in warnings) <= 1, warnings
