@@ -39,11 +39,16 @@ from .idle import IdleSchedulerSide, IdleWorkerSide
 from .metadata import PlanMetadata, ReportMetadata
 from .namespaces import ShardNames, groups_of, is_writer, namespaces_of, namespaces_told, own_rank
 from .pages import pages_of, recorder
+from .plugin import register
 from .scheduler_side import SchedulerSide
 from .stats import KVStorePromMetrics, KVStoreStats
 from .worker_side import WorkerSide
 
 _LOG = logging.getLogger(__name__)
+
+# MultiConnector asks for the classes of its connectors by name alone, also where they were given by
+# module and vLLM's plugins are not loaded.
+register()
 
 
 class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
