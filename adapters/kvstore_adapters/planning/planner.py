@@ -36,7 +36,7 @@ from .pins import EndedSave, Pins
 from .plan import BlockMove, LoadJob, SaveJob, StepPlan, StepReport
 from .tracking import (
     NO_LIMIT,
-    BlockIds,
+    BlockTable,
     LookupsLike,
     PlannerCounters,
     PlannerSettings,
@@ -90,6 +90,10 @@ class Planner:
     def num_saves(self) -> int:
         """Saves under way."""
         return len(self._pins)
+
+    def take_pinned(self) -> list[int]:
+        """Return the engine blocks that were pinned since the last call."""
+        return self._pins.take_started()
 
     def pinned_blocks(self) -> Iterator[int]:
         """Yield the engine blocks that saves hold."""
@@ -216,7 +220,9 @@ class Planner:
             return 0  # a window's blocks before an earlier end need not be there
         return max(0, end - self._settings.drop_blocks * self._step_tokens)
 
-    def allocated(self, request_id: str, num_external_tokens: int, block_ids: BlockIds) -> None:
+    def allocated(
+        self, request_id: str, num_external_tokens: int, block_ids: Sequence[BlockTable]
+    ) -> None:
         """The engine has made room for the tokens of the last match, or for fewer, or none.
 
         Args:
@@ -235,7 +241,7 @@ class Planner:
                 moves.append(move)
         self._loads.append(LoadJob(request_id, moves, self._settings.is_async))
 
-    def _move(self, group: Group, chain: Chain, blocks: range, table: Sequence[int]) -> BlockMove:
+    def _move(self, group: Group, chain: Chain, blocks: range, table: BlockTable) -> BlockMove:
         """Return the move of those `blocks` that the engine has."""
         ids = np.array(table[blocks.start : blocks.stop], dtype=np.int64)
         hashes = chain.blocks(group, blocks.start, blocks.stop)
@@ -274,25 +280,43 @@ class Planner:
         return plan
 
     def _save(self, request: TrackedRequest, of: ScheduledRequest, saves: list[SaveJob]) -> None:
-        chain, step = request.chain, self._step_tokens
-        chain.extend(of.hashes)
-        known = len(chain) * self._hash_tokens
-        end = min(of.num_computed_after, known, request.save_limit) // step
+        step = self._step_tokens
+        known = len(of.hashes) * self._hash_tokens
         begin = request.saved // step
-        room = self._pins.room // self._step_blocks
-        end = min(end, begin + room)
+        end = min(of.num_computed_after, known, request.save_limit) // step
+        end = min(end, begin + self._pins.room // self._step_blocks)
         if end <= begin:
             return
         moves = []
         for group in self._groups:
-            blocks = range(begin * step // group.block_tokens, end * step // group.block_tokens)
-            move = self._move(group, chain, blocks, of.block_ids[group.group_id])
-            if len(move):
+            ratio = step // group.block_tokens
+            table = of.block_ids[group.group_id]
+            move = self._save_move(group, of.hashes, begin * ratio, end * ratio, table)
+            if move is not None:
                 moves.append(move)
         request.saved = request.submitted = end * step
         self._set_save_at(of.request_id, request)
         if moves:
             saves.append(self._pins.start(of.request_id, moves, request.push_to))
+
+    def _save_move(
+        self, group: Group, hashes: Sequence[bytes], begin: int, end: int, table: BlockTable
+    ) -> BlockMove | None:
+        """As `_move`, straight from the engine's own hashes: a step does this for each request
+        that filled a block, so it makes no arrays but one."""
+        pieces = group.block_tokens // self._hash_tokens
+        names = hashes[begin * pieces + pieces - 1 : end * pieces : pieces]
+        ids = table[begin:end]
+        if NULL_BLOCK in ids:
+            kept = [i for i, block in enumerate(ids) if block != NULL_BLOCK]
+            if not kept:
+                return None
+            begin += kept[0]
+            names, ids = [names[i] for i in kept], [ids[i] for i in kept]
+        is_linked = group.kind == "full"
+        parent = hashes[begin * pieces - 1] if is_linked and begin else None
+        block_ids = np.array(ids, dtype=np.int64)
+        return BlockMove(group.group_id, b"".join(names), begin, parent, is_linked, block_ids)
 
     def _set_save_at(self, request_id: str, request: TrackedRequest) -> None:
         at = request.saved + self._step_tokens
@@ -323,10 +347,15 @@ class Planner:
         request.found, request.num_tokens = None, 0
         self._set_save_at(request_id, request)
 
-    def finished(self, request_id: str, num_computed_tokens: int = 0) -> dict[str, Any] | None:
+    def finished(
+        self, request_id: str, num_computed_tokens: int, hashes: Sequence[bytes]
+    ) -> dict[str, Any] | None:
         """Forget a request; return what to tell whoever continues it.
 
         Its loads and saves go on: the workers report them.
+
+        Args:
+            hashes: all of the request's.
         """
         request = self._requests.pop(request_id, None)
         self.save_at.pop(request_id, None)
@@ -334,12 +363,13 @@ class Planner:
             return None
         self._lookups.forget(request_id)
         if self._settings.can_save:
-            known = len(request.chain) * self._hash_tokens
+            known = len(hashes) * self._hash_tokens
             end = min(num_computed_tokens, known, request.save_limit)
             left = max(0, end - request.saved) // self._step_tokens
             self._counters.dropped_blocks += left * self._step_blocks
         if not (self._settings.can_save and request.wants_params and request.saved):
             return None
+        request.chain.extend(hashes)
         return handover.describe(request.saved, request.chain, self.source)
 
     def clear(self) -> None:

@@ -8,7 +8,12 @@ from typing import Final, Protocol
 
 from .chains import Chain
 
-BlockIds = tuple[list[int], ...]
+
+class BlockTable(Protocol):
+    """The engine's blocks of one request in one group, by their place in the prompt: a list, or
+    what makes one of the slice that is asked for."""
+
+    def __getitem__(self, at: slice, /) -> list[int]: ...
 
 
 class LookupsLike(Protocol):
@@ -63,7 +68,7 @@ class ScheduledRequest:
     request_id: str
     num_computed_after: int
     hashes: Sequence[bytes]
-    block_ids: BlockIds
+    block_ids: Sequence[BlockTable]  # by group
 
 
 @dataclass(slots=True)

@@ -564,7 +564,7 @@ def test_a_model_that_cannot_be_kept_is_served_with_one_warning(
     assert len([r for r in caplog.records if r.name.startswith("kvstore_adapters")]) == 1
     assert "mamba" in caplog.text
     request = SimpleNamespace(request_id="a")
-    deciding.bind_gpu_block_pool(None)
+    deciding.bind_kv_cache_manager(SimpleNamespace(block_pool=None))
     deciding.on_new_request(request)
     assert deciding.get_num_new_matched_tokens(request, 0) == (0, False)
     deciding.update_state_after_alloc(request, None, 0)
