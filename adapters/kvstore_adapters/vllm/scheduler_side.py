@@ -208,7 +208,7 @@ _POLICY = (
 def _why_async(vllm_config: Any, groups: Sequence[Group], num_engine_groups: int) -> str | None:
     """Return what forbids loads that a step waits for, if anything does."""
     if num_engine_groups > 1 or not tells_blocks(groups):
-        return "several groups of layers or a window, as vLLM cannot be told that such a load failed"
+        return "several groups or a window, as vLLM cannot be told that such a load failed"
     if vllm_config.max_concurrent_batches > 1:
         # The next step would save what it computed on top of a load that failed.
         return "steps that are scheduled before the one before has ended"
