@@ -91,6 +91,10 @@ class Planner:
         """Saves under way."""
         return len(self._pins)
 
+    def saves_under_way(self) -> Iterator[int]:
+        """Yield their job ids."""
+        return self._pins.jobs()
+
     def pinned_blocks(self) -> Iterator[int]:
         """Yield the engine blocks that saves hold."""
         return self._pins.blocks()
