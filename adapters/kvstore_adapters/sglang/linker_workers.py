@@ -139,8 +139,8 @@ class Loader:
 
 
 def _pinned(pin: Pin, move: Move) -> PinnedPages:
-    """What a pin holds of a move: nothing where it is of other pages, or not done. Such a load fails
-    at its first layer, and is tried again with a lease of its own."""
+    """What a pin holds of a move: nothing where it is of other pages, or not done. Such a load
+    fails at its first layer, and is tried again with a lease of its own."""
     held = pin.pages.get(move.name)
     is_held = held is not None and pin.is_done and pin.asks_for({move.name: move.keys})
     return held if held is not None and is_held else PinnedPages(move.keys)
