@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from .plan import BlockMove, SaveJob, StepReport
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class EndedSave:
     """A save that all ranks are done with: its source blocks are not read any more.
 

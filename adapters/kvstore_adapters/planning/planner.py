@@ -49,6 +49,7 @@ _LOG = logging.getLogger(__name__)
 # A request that waits for long is looked up again: others have stored meanwhile, or evicted.
 LOOKUP_SECONDS_MAX = 5.0
 
+_ID = np.dtype(np.int64)
 NULL_BLOCK = 0  # where an engine's table has no block: of a window, those before it
 
 
@@ -67,6 +68,16 @@ class Planner:
         self._hash_tokens = hash_tokens
         self._step_tokens = alignment_tokens(self._groups)
         self._step_blocks = sum(self._step_tokens // g.block_tokens for g in self._groups)
+        # Of each group: blocks to where all end together, hashes a block, whether it is linked.
+        self._save_groups = [
+            (
+                g.group_id,
+                self._step_tokens // g.block_tokens,
+                g.block_tokens // hash_tokens,
+                g.kind == "full",
+            )
+            for g in self._groups
+        ]
         self._has_windows = any(group.kind == "window" for group in self._groups)
         self._lookups = lookups
         self._settings = settings
@@ -273,57 +284,49 @@ class Planner:
         plan = StepPlan(self._loads, [])
         self._loads = []
         self._wait_left = self._settings.lookup_wait
-        loading = {job.request_id for job in plan.loads}
         for request_id in preempted:
             request = self._requests.get(request_id)
-            if request is not None and request_id not in loading:
+            if request is not None and all(job.request_id != request_id for job in plan.loads):
                 request.found, request.num_tokens = None, 0
-        if not all(job.is_async for job in plan.loads):
+        if plan.loads and not self._settings.is_async:
             return plan
         for of in scheduled:
-            request = self._requests.get(of.request_id)
-            if request is not None and of.request_id in self.save_at:
-                self._save(request, of, plan.saves)
+            if of.request_id in self.save_at:
+                self._save(self._requests[of.request_id], of, plan.saves)
         return plan
 
     def _save(self, request: TrackedRequest, of: ScheduledRequest, saves: list[SaveJob]) -> None:
-        step = self._step_tokens
-        known = len(of.hashes) * self._hash_tokens
+        step, hashes, tables = self._step_tokens, of.hashes, of.block_ids
+        known = len(hashes) * self._hash_tokens
         begin = request.saved // step
         end = min(of.num_computed_after, known, request.save_limit) // step
         end = min(end, begin + self._pins.room // self._step_blocks)
         if end <= begin:
             return
         moves = []
-        for group in self._groups:
-            ratio = step // group.block_tokens
-            table = of.block_ids[group.group_id]
-            move = self._save_move(group, of.hashes, begin * ratio, end * ratio, table)
-            if move is not None:
-                moves.append(move)
+        for group_id, blocks, pieces, is_linked in self._save_groups:
+            # Straight from the engine's own hashes and blocks: a step does this for each request
+            # that filled a block, so it makes no arrays but one.
+            first, last = begin * blocks, end * blocks
+            names = hashes[first * pieces + pieces - 1 : last * pieces : pieces]
+            ids = tables[group_id][first:last]
+            if NULL_BLOCK in ids:
+                kept = [i for i, block in enumerate(ids) if block != NULL_BLOCK]
+                if not kept:
+                    continue
+                first += kept[0]
+                names, ids = [names[i] for i in kept], [ids[i] for i in kept]
+            parent = hashes[first * pieces - 1] if is_linked and first else None
+            moves.append(
+                BlockMove(group_id, b"".join(names), first, parent, is_linked, np.array(ids, _ID))
+            )
         request.saved = request.submitted = end * step
-        self._set_save_at(of.request_id, request)
+        if (end + 1) * step <= request.save_limit:
+            self.save_at[of.request_id] = (end + 1) * step
+        else:
+            del self.save_at[of.request_id]
         if moves:
             saves.append(self._pins.start(of.request_id, moves, request.push_to))
-
-    def _save_move(
-        self, group: Group, hashes: Sequence[bytes], begin: int, end: int, table: BlockTable
-    ) -> BlockMove | None:
-        """As `_move`, straight from the engine's own hashes: a step does this for each request
-        that filled a block, so it makes no arrays but one."""
-        pieces = group.block_tokens // self._hash_tokens
-        names = hashes[begin * pieces + pieces - 1 : end * pieces : pieces]
-        ids = table[begin:end]
-        if NULL_BLOCK in ids:
-            kept = [i for i, block in enumerate(ids) if block != NULL_BLOCK]
-            if not kept:
-                return None
-            begin += kept[0]
-            names, ids = [names[i] for i in kept], [ids[i] for i in kept]
-        is_linked = group.kind == "full"
-        parent = hashes[begin * pieces - 1] if is_linked and begin else None
-        block_ids = np.array(ids, dtype=np.int64)
-        return BlockMove(group.group_id, b"".join(names), begin, parent, is_linked, block_ids)
 
     def _set_save_at(self, request_id: str, request: TrackedRequest) -> None:
         at = request.saved + self._step_tokens

@@ -61,7 +61,7 @@ class PlannerSettings:
     push_targets: Collection[str] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ScheduledRequest:
     """A request in a step that has something to save: see `Planner.save_at`."""
 

@@ -123,7 +123,8 @@ class SchedulerSide:
     # --- steps
 
     def plan(self, output: Any) -> PlanMetadata:
-        plan = self._planner.step(self._to_save(output), output.preempted_req_ids or ())
+        due = () if self._planner.is_full else self._to_save(output)
+        plan = self._planner.step(due, output.preempted_req_ids or ())
         if plan.saves:
             # A reference of our own: the blocks stay as they are whatever becomes of the request.
             blocks = self._pool.blocks
@@ -133,20 +134,23 @@ class SchedulerSide:
                     self._events.planned(job, self._requests[job.request_id])
         return PlanMetadata(plan)
 
-    def _to_save(self, output: Any) -> Iterable[ScheduledRequest]:
-        """Yield the step's requests that come so far in it that they have blocks to save."""
-        save_at = self._planner.save_at
-        requests = self._requests
+    def _to_save(self, output: Any) -> Sequence[ScheduledRequest]:
+        """Return the step's requests that come so far in it that they have blocks to save."""
+        planner = self._planner
+        requests, manager = self._requests, self._manager
+        at_of = planner.save_at.get
+        due: list[ScheduledRequest] = []
         for request_id, count in output.num_scheduled_tokens.items():
-            at = save_at.get(request_id)
+            at = at_of(request_id)
             if at is None:
                 continue
             request = requests[request_id]
             computed = request.num_computed_tokens + count
-            if computed >= at and not self._planner.is_full:
+            if computed >= at:
                 # As `output.kv_connector_block_state`, which would copy the whole table.
-                blocks = self._manager.get_blocks(request_id)
-                yield ScheduledRequest(request_id, computed, request.block_hashes, _tables(blocks))
+                tables = _tables(manager.get_blocks(request_id))
+                due.append(ScheduledRequest(request_id, computed, request.block_hashes, tables))
+        return due
 
     def reported(self, metadata: object) -> None:
         if not isinstance(metadata, ReportMetadata):

@@ -180,6 +180,14 @@ def test_a_window_loads_what_it_sees_and_no_null_blocks() -> None:
     assert not window.chain().linked
 
 
+def test_a_window_that_would_end_earlier_than_was_looked_up_is_not_loaded() -> None:
+    bench = Bench(WITH_WINDOW)
+    bench.arrive(80)
+    bench.lookups.found = 64
+    assert bench.match(80) == 64
+    assert bench.match(64) == 0  # a window's blocks before an earlier end need not be there
+
+
 def test_speculative_decoding_gives_up_the_last_block_of_a_hit() -> None:
     bench = Bench(drop_blocks=1)
     bench.arrive(64)
