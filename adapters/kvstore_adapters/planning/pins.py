@@ -52,6 +52,10 @@ class Pins:
         """Blocks that may be pinned besides."""
         return self.max_blocks - self.num_blocks
 
+    def jobs(self) -> Iterator[int]:
+        """Yield the ids of saves under way."""
+        return iter(self._pins)
+
     def blocks(self) -> Iterator[int]:
         """Yield the pinned blocks; one that several saves hold comes as often."""
         return (block for pin in self._pins.values() for block in pin.block_ids)

@@ -106,6 +106,10 @@ class Planner:
         """Return the engine blocks that were pinned since the last call."""
         return self._pins.take_started()
 
+    def saves_under_way(self) -> Iterator[int]:
+        """Yield their job ids."""
+        return self._pins.jobs()
+
     def pinned_blocks(self) -> Iterator[int]:
         """Yield the engine blocks that saves hold."""
         return self._pins.blocks()
@@ -254,10 +258,13 @@ class Planner:
 
     def _move(self, group: Group, chain: Chain, blocks: range, table: BlockTable) -> BlockMove:
         """Return the move of those `blocks` that the engine has."""
-        ids = np.array(table[blocks.start : blocks.stop], dtype=np.int64)
+        own = table[blocks.start : blocks.stop]
+        ids = np.array(own, dtype=np.int64)
+        if NULL_BLOCK not in own:
+            names, parent = chain.names(group, blocks.start, blocks.stop)
+            is_linked = group.kind == "full"
+            return BlockMove(group.group_id, names, blocks.start, parent, is_linked, ids)
         hashes = chain.blocks(group, blocks.start, blocks.stop)
-        if ids.all():
-            return BlockMove.of(group.group_id, blocks.start, hashes, ids)
         has_block = ids != NULL_BLOCK
         kept = BlockHashes(hashes.array[has_block])
         first = blocks.start + int(has_block.argmax())

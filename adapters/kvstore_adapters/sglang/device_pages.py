@@ -157,6 +157,8 @@ class DevicePages:
         order = self._order.get(layer)
         if order is None or not (self.pieces.are_even or order == 0):
             return  # an uneven page is loaded whole with its first layer
+        if pinned.num_pages < len(ids):
+            raise LoadError(f"{pinned.num_pages} of {len(ids)} pages are pinned")
         for lease, part in pinned.parts(ids):
             if self._loading is None:
                 _load(lease, self._buffers, part, 0, self._layers(order))

@@ -87,7 +87,8 @@ class Loader:
         self._batches.join()
 
     def close(self, timeout: float) -> None:
-        self._batches.put(None)
+        if self._thread.is_alive():
+            self._batches.put(None)
         self._thread.join(timeout)
 
     def _run(self) -> None:
@@ -102,12 +103,13 @@ class Loader:
                 for job in batch.jobs:
                     self._release(job.pin)
                 self._batches.task_done()
+        self._batches.task_done()  # `join` after `close` waits for nothing
 
     def _load(self, batch: _Batch) -> None:
         parts = [
             _Part(
                 self._pages[move.name],
-                job.pin.pages.get(move.name) or PinnedPages(move.keys),
+                _pinned(job.pin, move),
                 self._pages[move.name].page_ids(move.slots),
             )
             for job in batch.jobs
@@ -134,6 +136,14 @@ class Loader:
             again.append(part.pinned)
             part.pinned.acquire(part.pages, self._lease_seconds, self._acquire_seconds)
             part.pages.load_layer(layer, part.pinned, part.ids)
+
+
+def _pinned(pin: Pin, move: Move) -> PinnedPages:
+    """What a pin holds of a move: nothing where it is of other pages, or not done. Such a load
+    fails at its first layer, and is tried again with a lease of its own."""
+    held = pin.pages.get(move.name)
+    is_held = held is not None and pin.is_done and pin.asks_for({move.name: move.keys})
+    return held if held is not None and is_held else PinnedPages(move.keys)
 
 
 @dataclass(frozen=True)
@@ -194,7 +204,8 @@ class Saver:
         self._results.clear()
 
     def close(self, timeout: float) -> None:
-        self._offloads.put(None)
+        if self._thread.is_alive():
+            self._offloads.put(None)
         self._thread.join(timeout)
 
     def _run(self) -> None:
@@ -211,6 +222,7 @@ class Saver:
                 self._num_pages -= offload.num_pages
             self._results.append(is_stored)
             self._offloads.task_done()
+        self._offloads.task_done()  # `join` after `close` waits for nothing
 
     def _store(self, move: Move) -> bool:
         pages = self._pages[move.name]

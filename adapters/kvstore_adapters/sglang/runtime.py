@@ -5,8 +5,11 @@ Everything that reads SGLang's own configuration is here.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from kvstore_adapters.identity import model_identity
@@ -54,10 +57,10 @@ def model_of(name: str | None, settings: AdapterSettings) -> Model:
     Raises:
         ConfigError: the model's weights cannot be told from others; the setting `model` can do it.
     """
-    from sglang.srt.runtime_context import get_model, get_serving, get_spec
+    from sglang.srt.runtime_context import get_lora, get_model, get_serving, get_spec
 
     try:
-        model, serving, spec = get_model(), get_serving(), get_spec()
+        model, serving, spec, lora = get_model(), get_serving(), get_spec(), get_lora()
     except ValueError:  # outside of an engine
         return Model(settings.model or name or "unnamed", "", "", "")
     label = (name or "").removeprefix(serving.served_model_name or model.model_path)
@@ -66,6 +69,9 @@ def model_of(name: str | None, settings: AdapterSettings) -> Model:
         identity, revision = model_identity(model.model_path, model.revision)
     ways = {"label": label, "weight_version": serving.weight_version}
     ways |= {field: getattr(model, field, None) for field in _WAYS_TO_COMPUTE}
+    if str(model.load_format) not in _AS_THEY_LIE:
+        ways["load_format"] = str(model.load_format)
+    ways["lora_paths"] = _adapters(lora.lora_paths or ())
     described = ";".join(f"{field}={value}" for field, value in ways.items() if value)
     draft = spec.speculative_draft_model_path
     return Model(
@@ -79,7 +85,54 @@ def model_of(name: str | None, settings: AdapterSettings) -> Model:
 
 
 # Of one checkpoint, these make other KV.
-_WAYS_TO_COMPUTE = ("dtype", "quantization", "json_model_override_args", "quantization_param_path")
+_WAYS_TO_COMPUTE = (
+    "dtype",
+    "quantization",
+    "json_model_override_args",
+    "quantization_param_path",
+    "modelopt_quant",
+    "rl_quant_profile",
+    "custom_weight_loader",
+)
+# Ways to load that take weights as they are; others make them up ("dummy") or quantise them.
+_AS_THEY_LIE = frozenset(
+    {
+        "auto",
+        "pt",
+        "safetensors",
+        "instanttensor",
+        "npcache",
+        "sharded_state",
+        "presharded",
+        "mistral",
+        "layered",
+        "remote",
+        "remote_instance",
+        "rdma",
+        "local_cached",
+        "fastsafetensors",
+        "runai_streamer",
+        "ipc_cache",
+    }
+)
+
+
+def _adapters(references: Iterable[Any]) -> str:
+    """The content of the LoRA adapters that SGLang was started with: it names their pages by what
+    the adapters are called and where they lie. Those that are loaded later have a name of their
+    own each time.
+
+    Raises:
+        ConfigError: an adapter cannot be read.
+    """
+    digest = hashlib.sha256()
+    references = sorted(references, key=lambda one: str(one.lora_name))
+    for one in references:
+        parts = [str(one.lora_name), *model_identity(str(one.lora_path))]
+        with contextlib.suppress(OSError):  # of a hub
+            parts.append((Path(one.lora_path) / "adapter_config.json").read_text())
+        digest.update(repr(parts).encode())
+    return digest.hexdigest()[:32] if references else ""
 
 
 class TransferMetrics:

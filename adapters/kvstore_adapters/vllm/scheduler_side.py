@@ -79,7 +79,8 @@ class SchedulerSide:
         self._manager: Any = None
         self._pool: Any = None
         self._requests: dict[str, Any] = {}
-        self._must_clear = False
+        # Saves that were under way when the store was cleared, and may bring back blocks of before.
+        self._stale_saves: set[int] = set()
 
     def adopt(self, namespaces: Mapping[tuple[int, int], Namespace]) -> None:
         """Take the namespaces that workers told."""
@@ -102,6 +103,8 @@ class SchedulerSide:
         )
 
     def match(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        if self._stale_saves:
+            return 0, False
         tokens = self._planner.match(
             request.request_id, request.block_hashes, request.num_tokens, num_computed_tokens
         )
@@ -155,11 +158,13 @@ class SchedulerSide:
         if metadata.names is not None:
             self.adopt(namespaces_told({(0, 0): metadata.names}))
         ended = self._planner.report(metadata.report)
-        if ended:
-            self._unpin(ended)
-        if self._must_clear and not self._planner.num_saves:
-            self._must_clear = False
-            self._clear_store()
+        if not ended:
+            return
+        self._unpin(ended)
+        if self._stale_saves:
+            self._stale_saves.difference_update(save.job.job_id for save in ended)
+            if not self._stale_saves:
+                self._clear_store()
 
     def _unpin(self, ended: Sequence[EndedSave]) -> None:
         blocks = self._pool.blocks
@@ -192,8 +197,9 @@ class SchedulerSide:
     def clear(self) -> bool:
         """Remove all blocks of this model from the store, for every engine that shares it."""
         self._planner.clear()
-        # Saves under way would bring back blocks of before.
-        self._must_clear = self.has_saves
+        # Nothing is loaded before these have ended and the store was cleared once more. Other
+        # saves, of what is computed from now on, do not put that off.
+        self._stale_saves = set(self._planner.saves_under_way())
         return self._clear_store()
 
     def _clear_store(self) -> bool:
@@ -236,7 +242,7 @@ def _tables(blocks: Any) -> list[_Table]:
 def _why_async(vllm_config: Any, groups: Sequence[Group], num_engine_groups: int) -> str | None:
     """Return what forbids loads that a step waits for, if anything does."""
     if num_engine_groups > 1 or not tells_blocks(groups):
-        return "several groups of layers, or a window: vLLM cannot be told that such a load failed"
+        return "several groups or a window: vLLM cannot be told that such a load failed"
     if vllm_config.max_concurrent_batches > 1:
         # The next step would save what it computed on top of a load that failed.
         return "steps that are scheduled before the one before has ended"

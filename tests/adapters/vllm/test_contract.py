@@ -527,6 +527,29 @@ def test_a_reset_empties_the_store_for_all(make: Make) -> None:
     assert make().run("b", prompt(100)) == 101
 
 
+def test_saves_that_outlast_a_reset_leave_nothing_behind(make: Make) -> None:
+    instance = make()
+    transfers = instance.workers[0]._worker._transfers
+    held: list[Any] = []
+    save, transfers.save = transfers.save, lambda *job: held.append(job)
+    instance.run("a", prompt(100))
+    late = held.copy()
+    instance.connector.reset_cache()
+    # The instance is busy: others' saves are under way all the time.
+    instance.run("b", prompt(100, seed=1))
+    assert len(held) > len(late)
+    for job in late:
+        save(*job)
+    # Nothing is loaded meanwhile, and then there is nothing.
+    pinned = instance.connector._scheduler._planner
+    instance.until(lambda: len(set(pinned.saves_under_way()) & {j[0].job_id for j in late}) == 0)
+    assert make().run("c", prompt(100)) == 101
+    for job in held[len(late) :]:
+        save(*job)
+    instance.settle()
+    assert instance.free_blocks == instance.all_blocks
+
+
 def test_events_tell_of_blocks_once_they_are_stored(make: Make) -> None:
     def with_events(config: Any) -> None:
         config.kv_events_config = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
