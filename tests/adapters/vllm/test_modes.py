@@ -71,7 +71,8 @@ def test_a_preempted_request_gets_its_decoded_tokens_back_too(
     with EngineProcess(model, tmp_path / "log", config, **sizes) as engine:
         found = tokens_of(engine.generate(prompts, decoded))
         assert engine.counter("num_preemptions") > 0
-        assert engine.external_hits() > 0
+    # vLLM leaves preempted requests out of its counters, and the others came too early to hit.
+    assert support.daemon_metric(daemon.address, "loaded_bytes_total") > 0
     assert found == reference(prompts, decoded)
 
 
