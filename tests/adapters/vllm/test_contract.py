@@ -273,7 +273,7 @@ def test_who_shares_blocks_that_did_not_come_saves_nothing_wrong(make: Make) -> 
     first = make(load="sync")
     first.run("a", prompt(64))
     first.settle()
-    second = make(load="sync", lookup_wait=1.0)
+    second = make(load="sync", lookup_wait=1.0)  # both are to be in one step
 
     def lose(output: Any) -> None:
         if output.kv_connector_metadata.plan.loads:
