@@ -135,4 +135,4 @@ wheel: $(BUILT)
 	$(BIN)/python -m build -o dist .
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info kvstore/*.so
+	rm -rf $(VENV) $(VLLM_VENV) $(SGLANG_VENV) build dist *.egg-info kvstore/*.so

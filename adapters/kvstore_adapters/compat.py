@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
+import pkgutil
 from importlib import metadata
 
 from kvstore import IncompatibleError
@@ -20,6 +20,16 @@ _VLLM_NEEDS = {
         "KVConnectorWorkerMetadata",
         "SupportsHMA",
     ),
+    "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1": (
+        "bind_kv_cache_manager",
+        "get_loaded_kv_cache_group_ids",
+        "get_transfer_results",
+        "has_pending_push_work",
+        "on_new_request",
+    ),
+    "vllm.v1.core.block_pool.BlockPool": ("free_blocks", "touch"),
+    "vllm.v1.core.kv_cache_manager.KVCacheManager": ("get_blocks",),
+    "vllm.v1.core.kv_cache_utils": ("maybe_convert_block_hash", "resolve_kv_cache_block_sizes"),
     "vllm.v1.kv_cache_interface": ("get_kv_cache_spec_kind", "group_kernel_blocks"),
     "vllm.v1.metrics.cache_hit_source": ("CacheHitSource",),
 }
@@ -39,8 +49,8 @@ def check_vllm() -> None:
     check_release("vllm", version)
     for module, names in _VLLM_NEEDS.items():
         try:
-            found = importlib.import_module(module)
-        except ImportError as error:
+            found = pkgutil.resolve_name(module)
+        except (ImportError, AttributeError) as error:
             raise _too_other(version, module) from error
         for name in names:
             if not hasattr(found, name):

@@ -88,6 +88,26 @@ def test_the_same_path_with_other_weights_is_another_model(model: Path) -> None:
         assert len(seen) == number, f"change {number - 1} was not seen"
 
 
+@pytest.mark.parametrize("tensor", [3000, 3001, 3007])
+def test_of_many_small_tensors_each_counts(tmp_path: Path, tensor: int) -> None:
+    count, size = 6000, 8192
+    header = {
+        f"experts.{i}": {
+            "dtype": "U8",
+            "shape": [size],
+            "data_offsets": [i * size, (i + 1) * size],
+        }
+        for i in range(count)
+    }
+    text = json.dumps(header).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(path, 8 + len(text) + count * size)  # zeros that take no room
+    before = model_identity(str(tmp_path))
+    poke(path, 8 + len(text) + tensor * size)
+    assert model_identity(str(tmp_path)) != before
+
+
 def test_files_of_other_formats_are_sampled_everywhere(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(np.random.default_rng(1).integers(0, 256, 5 << 20, np.uint8).tobytes())

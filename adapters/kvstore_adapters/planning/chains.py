@@ -99,6 +99,19 @@ class Chain:
         parent = array[begin * pieces - 1].tobytes() if begin else None
         return BlockHashes(rows, begin, parent)
 
+    def names(self, group: Group, begin: int, end: int) -> tuple[bytes, bytes | None]:
+        """The same as `blocks` as plain bytes: the joined hashes, and the one before where linked.
+
+        REQUIRES: 0 <= begin <= end <= num_blocks(group).
+        """
+        pieces = self._pieces(group)
+        if not 0 <= begin <= end <= self._length // pieces:
+            raise IndexError(f"blocks {begin}..{end} of {self._length // pieces}")
+        array = self._array
+        joined = array[begin * pieces + pieces - 1 : end * pieces : pieces].tobytes()
+        has_parent = begin and group.kind == "full"
+        return joined, array[begin * pieces - 1].tobytes() if has_parent else None
+
     def last_of(self, tokens: int) -> bytes:
         """The hash of the first `tokens` tokens, which are whole pieces, at least one."""
         return bytes(self._array[tokens // self.hash_tokens - 1])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from .plan import BlockMove, SaveJob, StepReport
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class EndedSave:
     """A save that all ranks are done with: its source blocks are not read any more.
 
@@ -20,14 +20,14 @@ class EndedSave:
     """
 
     job: SaveJob
-    block_ids: tuple[int, ...]
+    block_ids: list[int]
     num_stored: int
 
 
 @dataclass(slots=True)
 class _Pin:
     job: SaveJob
-    block_ids: tuple[int, ...]
+    block_ids: list[int]
     ranks_left: int
     num_stored: int
 
@@ -41,6 +41,7 @@ class Pins:
         self._num_ranks = num_ranks
         self._pins: dict[int, _Pin] = {}
         self._num_jobs = 0
+        self._started: list[int] = []
 
     def __len__(self) -> int:
         """Saves under way."""
@@ -51,21 +52,33 @@ class Pins:
         """Blocks that may be pinned besides."""
         return self.max_blocks - self.num_blocks
 
+    def jobs(self) -> Iterator[int]:
+        """Yield the ids of saves under way."""
+        return iter(self._pins)
+
     def blocks(self) -> Iterator[int]:
         """Yield the pinned blocks; one that several saves hold comes as often."""
         return (block for pin in self._pins.values() for block in pin.block_ids)
 
     def start(self, request_id: str, moves: Sequence[BlockMove], push_to: str) -> SaveJob:
-        """Make a job of `moves` and pin their blocks.
+        """Make a job of `moves`, at least one, and pin their blocks.
 
         REQUIRES: there is room for them.
         """
         job = SaveJob(self._num_jobs, request_id, list(moves), push_to)
         self._num_jobs += 1
-        ids = tuple(block for move in moves for block in move.block_ids.tolist())
+        ids = moves[0].block_ids.tolist()
+        for move in moves[1:]:
+            ids += move.block_ids.tolist()
+        self._started += ids
         self._pins[job.job_id] = _Pin(job, ids, self._num_ranks, len(ids))
         self.num_blocks += len(ids)
         return job
+
+    def take_started(self) -> list[int]:
+        """Return the blocks of jobs that were started since the last call."""
+        started, self._started = self._started, []
+        return started
 
     def report(self, report: StepReport) -> list[EndedSave]:
         """Return the saves that ended with this report, each once."""

@@ -36,7 +36,7 @@ from .pins import EndedSave, Pins
 from .plan import BlockMove, LoadJob, SaveJob, StepPlan, StepReport
 from .tracking import (
     NO_LIMIT,
-    BlockIds,
+    BlockTable,
     LookupsLike,
     PlannerCounters,
     PlannerSettings,
@@ -49,6 +49,7 @@ _LOG = logging.getLogger(__name__)
 # A request that waits for long is looked up again: others have stored meanwhile, or evicted.
 LOOKUP_SECONDS_MAX = 5.0
 
+_ID = np.dtype(np.int64)
 NULL_BLOCK = 0  # where an engine's table has no block: of a window, those before it
 
 
@@ -67,6 +68,16 @@ class Planner:
         self._hash_tokens = hash_tokens
         self._step_tokens = alignment_tokens(self._groups)
         self._step_blocks = sum(self._step_tokens // g.block_tokens for g in self._groups)
+        # Of each group: blocks to where all end together, hashes a block, whether it is linked.
+        self._save_groups = [
+            (
+                g.group_id,
+                self._step_tokens // g.block_tokens,
+                g.block_tokens // hash_tokens,
+                g.kind == "full",
+            )
+            for g in self._groups
+        ]
         self._has_windows = any(group.kind == "window" for group in self._groups)
         self._lookups = lookups
         self._settings = settings
@@ -90,6 +101,14 @@ class Planner:
     def num_saves(self) -> int:
         """Saves under way."""
         return len(self._pins)
+
+    def take_pinned(self) -> list[int]:
+        """Return the engine blocks that were pinned since the last call."""
+        return self._pins.take_started()
+
+    def saves_under_way(self) -> Iterator[int]:
+        """Yield their job ids."""
+        return self._pins.jobs()
 
     def pinned_blocks(self) -> Iterator[int]:
         """Yield the engine blocks that saves hold."""
@@ -216,7 +235,9 @@ class Planner:
             return 0  # a window's blocks before an earlier end need not be there
         return max(0, end - self._settings.drop_blocks * self._step_tokens)
 
-    def allocated(self, request_id: str, num_external_tokens: int, block_ids: BlockIds) -> None:
+    def allocated(
+        self, request_id: str, num_external_tokens: int, block_ids: Sequence[BlockTable]
+    ) -> None:
         """The engine has made room for the tokens of the last match, or for fewer, or none.
 
         Args:
@@ -235,12 +256,15 @@ class Planner:
                 moves.append(move)
         self._loads.append(LoadJob(request_id, moves, self._settings.is_async))
 
-    def _move(self, group: Group, chain: Chain, blocks: range, table: Sequence[int]) -> BlockMove:
+    def _move(self, group: Group, chain: Chain, blocks: range, table: BlockTable) -> BlockMove:
         """Return the move of those `blocks` that the engine has."""
-        ids = np.array(table[blocks.start : blocks.stop], dtype=np.int64)
+        own = table[blocks.start : blocks.stop]
+        ids = np.array(own, dtype=np.int64)
+        if NULL_BLOCK not in own:
+            names, parent = chain.names(group, blocks.start, blocks.stop)
+            is_linked = group.kind == "full"
+            return BlockMove(group.group_id, names, blocks.start, parent, is_linked, ids)
         hashes = chain.blocks(group, blocks.start, blocks.stop)
-        if ids.all():
-            return BlockMove.of(group.group_id, blocks.start, hashes, ids)
         has_block = ids != NULL_BLOCK
         kept = BlockHashes(hashes.array[has_block])
         first = blocks.start + int(has_block.argmax())
@@ -260,37 +284,47 @@ class Planner:
         plan = StepPlan(self._loads, [])
         self._loads = []
         self._wait_left = self._settings.lookup_wait
-        loading = {job.request_id for job in plan.loads}
         for request_id in preempted:
             request = self._requests.get(request_id)
-            if request is not None and request_id not in loading:
+            if request is not None and all(job.request_id != request_id for job in plan.loads):
                 request.found, request.num_tokens = None, 0
-        if not all(job.is_async for job in plan.loads):
+        if plan.loads and not self._settings.is_async:
             return plan
         for of in scheduled:
-            request = self._requests.get(of.request_id)
-            if request is not None and of.request_id in self.save_at:
-                self._save(request, of, plan.saves)
+            if of.request_id in self.save_at:
+                self._save(self._requests[of.request_id], of, plan.saves)
         return plan
 
     def _save(self, request: TrackedRequest, of: ScheduledRequest, saves: list[SaveJob]) -> None:
-        chain, step = request.chain, self._step_tokens
-        chain.extend(of.hashes)
-        known = len(chain) * self._hash_tokens
-        end = min(of.num_computed_after, known, request.save_limit) // step
+        step, hashes, tables = self._step_tokens, of.hashes, of.block_ids
+        known = len(hashes) * self._hash_tokens
         begin = request.saved // step
-        room = self._pins.room // self._step_blocks
-        end = min(end, begin + room)
+        end = min(of.num_computed_after, known, request.save_limit) // step
+        end = min(end, begin + self._pins.room // self._step_blocks)
         if end <= begin:
             return
         moves = []
-        for group in self._groups:
-            blocks = range(begin * step // group.block_tokens, end * step // group.block_tokens)
-            move = self._move(group, chain, blocks, of.block_ids[group.group_id])
-            if len(move):
-                moves.append(move)
+        for group_id, blocks, pieces, is_linked in self._save_groups:
+            # Straight from the engine's own hashes and blocks: a step does this for each request
+            # that filled a block, so it makes no arrays but one.
+            first, last = begin * blocks, end * blocks
+            names = hashes[first * pieces + pieces - 1 : last * pieces : pieces]
+            ids = tables[group_id][first:last]
+            if NULL_BLOCK in ids:
+                kept = [i for i, block in enumerate(ids) if block != NULL_BLOCK]
+                if not kept:
+                    continue
+                first += kept[0]
+                names, ids = [names[i] for i in kept], [ids[i] for i in kept]
+            parent = hashes[first * pieces - 1] if is_linked and first else None
+            moves.append(
+                BlockMove(group_id, b"".join(names), first, parent, is_linked, np.array(ids, _ID))
+            )
         request.saved = request.submitted = end * step
-        self._set_save_at(of.request_id, request)
+        if (end + 1) * step <= request.save_limit:
+            self.save_at[of.request_id] = (end + 1) * step
+        else:
+            del self.save_at[of.request_id]
         if moves:
             saves.append(self._pins.start(of.request_id, moves, request.push_to))
 
@@ -323,10 +357,15 @@ class Planner:
         request.found, request.num_tokens = None, 0
         self._set_save_at(request_id, request)
 
-    def finished(self, request_id: str, num_computed_tokens: int = 0) -> dict[str, Any] | None:
+    def finished(
+        self, request_id: str, num_computed_tokens: int, hashes: Sequence[bytes]
+    ) -> dict[str, Any] | None:
         """Forget a request; return what to tell whoever continues it.
 
         Its loads and saves go on: the workers report them.
+
+        Args:
+            hashes: all of the request's.
         """
         request = self._requests.pop(request_id, None)
         self.save_at.pop(request_id, None)
@@ -334,12 +373,13 @@ class Planner:
             return None
         self._lookups.forget(request_id)
         if self._settings.can_save:
-            known = len(request.chain) * self._hash_tokens
+            known = len(hashes) * self._hash_tokens
             end = min(num_computed_tokens, known, request.save_limit)
             left = max(0, end - request.saved) // self._step_tokens
             self._counters.dropped_blocks += left * self._step_blocks
         if not (self._settings.can_save and request.wants_params and request.saved):
             return None
+        request.chain.extend(hashes)
         return handover.describe(request.saved, request.chain, self.source)
 
     def clear(self) -> None:

@@ -10,6 +10,7 @@ connecting is done outside of it, as it may take `settings.timeout`.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -93,12 +94,13 @@ class Shards:
             self.store(rank, group_id).clear()
 
     def close(self, timeout: float = 5.0) -> None:
-        """Safe to call twice."""
+        """Takes `timeout` in all. Safe to call twice."""
+        deadline = time.monotonic() + timeout
         with self._lock:
             self._is_closed = True
             stores, self._stores = list(self._stores.values()), {}
         for store in stores:
-            store.close(timeout)
+            store.close(max(0.0, deadline - time.monotonic()))
 
     def _connected(self, key: _Key) -> Store:
         with self._lock:

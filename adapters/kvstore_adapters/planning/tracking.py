@@ -8,7 +8,12 @@ from typing import Final, Protocol
 
 from .chains import Chain
 
-BlockIds = tuple[list[int], ...]
+
+class BlockTable(Protocol):
+    """The engine's blocks of one request in one group, by their place in the prompt: a list, or
+    what makes one of the slice that is asked for."""
+
+    def __getitem__(self, at: slice, /) -> list[int]: ...
 
 
 class LookupsLike(Protocol):
@@ -56,14 +61,14 @@ class PlannerSettings:
     push_targets: Collection[str] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ScheduledRequest:
     """A request in a step that has something to save: see `Planner.save_at`."""
 
     request_id: str
     num_computed_after: int
     hashes: Sequence[bytes]
-    block_ids: BlockIds
+    block_ids: Sequence[BlockTable]  # by group
 
 
 @dataclass(slots=True)

@@ -97,8 +97,9 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
         assert self._scheduler is not None, "this is a worker's connector"
         return self._scheduler
 
-    def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
-        self._deciding.bind_pool(gpu_block_pool)
+    def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
+        super().bind_kv_cache_manager(kv_cache_manager)
+        self._deciding.bind(kv_cache_manager)
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, Any]) -> None:
         self._deciding.adopt(

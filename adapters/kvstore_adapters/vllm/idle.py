@@ -20,7 +20,7 @@ class IdleSchedulerSide:
     def adopt(self, namespaces: object) -> None:
         pass
 
-    def bind_pool(self, pool: object) -> None:
+    def bind(self, manager: object) -> None:
         pass
 
     def arrived(self, request: object) -> None:

@@ -194,6 +194,7 @@ def model_of(vllm_config: Any, settings: AdapterSettings) -> tuple[str, str]:
     if model.quantization:
         said.append(f"quantization {model.quantization}")
     said += _changes(model)
+    said += _lengths(model)
     draft = vllm_config.speculative_config
     if draft is not None:  # its layers keep their KV in the same blocks
         config = getattr(draft, "draft_model_config", None)
@@ -213,6 +214,21 @@ def _changes(model: Any) -> Sequence[str]:
         value = getattr(model, name, None)
         if value:
             said.append(f"{name} {_digest(value)}")
+    return said
+
+
+def _lengths(model: Any) -> Sequence[str]:
+    """The longest context, where models compute other KV by it: LongRoPE takes its long factors for
+    all positions once the engine allows long contexts, and Llama 4 tunes its attention so."""
+    text = getattr(model, "hf_text_config", None)
+    kind = str(getattr(text, "model_type", ""))
+    rope = (getattr(text, "rope_parameters", None), getattr(text, "rope_scaling", None))
+    said = []
+    if kind.startswith("llama4") or any(name in str(rope) for name in ("longrope", "'su'")):
+        said.append(f"max_model_len {model.max_model_len}")
+    if kind.startswith("llama4"):
+        chosen = (model.generation_config, model.override_generation_config)
+        said.append(f"generation {_digest(chosen)}")
     return said
 
 
@@ -241,6 +257,8 @@ def _layout(vllm_config: Any, kv_cache_config: Any, group: Group, layers: Mappin
         f"{vllm_config.model_config.dtype}".removeprefix("torch."),
         f"kv {cache.cache_dtype}",
         f"hashes of {kv_cache_config.hash_block_size or group.block_tokens} tokens",
+        # As many layers are as many bytes, whichever of a pipeline's they are.
+        f"layers {_digest(list(layers))}",
     ]
     seed = resolve_none_hash_seed(get_hash_fn_by_name(cache.prefix_caching_hash_algo))
     if seed != DEFAULT_NONE_HASH_SEED:

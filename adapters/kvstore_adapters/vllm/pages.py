@@ -220,12 +220,12 @@ class StagedPages:
     def load(self, store: Store, chain: BlockHashes, block_ids: BlockIds, deadline: float) -> int:
         loaded = 0
         while loaded < len(chain):
-            left = deadline - time.monotonic()
-            if left <= 0:
-                break
             end = loaded + self._batch
             part = chain[loaded:end]
             with self._load.stage.lock:
+                left = deadline - time.monotonic()  # another load may have had its turn first
+                if left <= 0:
+                    break
                 came = store.load(part, self._load.buffers, timeout=left).wait().num_blocks
                 self._scatter(self._load, block_ids[loaded : loaded + came])
             loaded += came

@@ -76,9 +76,11 @@ class SchedulerSide:
         )
         events = vllm_config.kv_events_config
         self._events = SaveEvents(groups) if events and events.enable_kv_cache_events else None
+        self._manager: Any = None
         self._pool: Any = None
         self._requests: dict[str, Any] = {}
-        self._must_clear = False
+        # Saves that were under way when the store was cleared, and may bring back blocks of before.
+        self._stale_saves: set[int] = set()
 
     def adopt(self, namespaces: Mapping[tuple[int, int], Namespace]) -> None:
         """Take the namespaces that workers told."""
@@ -86,8 +88,10 @@ class SchedulerSide:
             self._shards.adopt(namespaces)
             self._planner.source = _source(namespaces)
 
-    def bind_pool(self, pool: Any) -> None:
-        self._pool = pool
+    def bind(self, manager: Any) -> None:
+        """Take vLLM's manager of KV caches, whose blocks our saves hold."""
+        self._manager = manager
+        self._pool = manager.block_pool
 
     # --- requests
 
@@ -99,6 +103,8 @@ class SchedulerSide:
         )
 
     def match(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        if self._stale_saves:
+            return 0, False
         tokens = self._planner.match(
             request.request_id, request.block_hashes, request.num_tokens, num_computed_tokens
         )
@@ -106,59 +112,69 @@ class SchedulerSide:
 
     def allocated(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         if num_external_tokens > 0:
-            self._planner.allocated(request.request_id, num_external_tokens, blocks.get_block_ids())
+            self._planner.allocated(request.request_id, num_external_tokens, _tables(blocks))
 
     def finished(self, request: Any) -> dict[str, Any] | None:
         self._requests.pop(request.request_id, None)
-        return self._planner.finished(request.request_id, request.num_computed_tokens)
+        return self._planner.finished(
+            request.request_id, request.num_computed_tokens, request.block_hashes
+        )
 
     # --- steps
 
     def plan(self, output: Any) -> PlanMetadata:
-        plan = self._planner.step(self._to_save(output), output.preempted_req_ids or ())
-        for job in plan.saves:
+        due = () if self._planner.is_full else self._to_save(output)
+        plan = self._planner.step(due, output.preempted_req_ids or ())
+        if plan.saves:
             # A reference of our own: the blocks stay as they are whatever becomes of the request.
             blocks = self._pool.blocks
-            self._pool.touch(
-                [blocks[block] for move in job.moves for block in move.block_ids.tolist()]
-            )
+            self._pool.touch([blocks[block] for block in self._planner.take_pinned()])
             if self._events is not None:
-                self._events.planned(job, self._requests[job.request_id])
+                for job in plan.saves:
+                    self._events.planned(job, self._requests[job.request_id])
         return PlanMetadata(plan)
 
-    def _to_save(self, output: Any) -> Iterable[ScheduledRequest]:
-        """Yield the step's requests that come so far in it that they have blocks to save."""
-        save_at = self._planner.save_at
-        requests = self._requests
-        tables = output.kv_connector_block_state
+    def _to_save(self, output: Any) -> Sequence[ScheduledRequest]:
+        """Return the step's requests that come so far in it that they have blocks to save."""
+        planner = self._planner
+        requests, manager = self._requests, self._manager
+        at_of = planner.save_at.get
+        due: list[ScheduledRequest] = []
         for request_id, count in output.num_scheduled_tokens.items():
-            at = save_at.get(request_id)
+            at = at_of(request_id)
             if at is None:
                 continue
             request = requests[request_id]
             computed = request.num_computed_tokens + count
-            if computed >= at and not self._planner.is_full:
-                yield ScheduledRequest(
-                    request_id, computed, request.block_hashes, tables.get_block_ids(request_id)
-                )
+            if computed >= at:
+                # As `output.kv_connector_block_state`, which would copy the whole table.
+                tables = _tables(manager.get_blocks(request_id))
+                due.append(ScheduledRequest(request_id, computed, request.block_hashes, tables))
+        return due
 
     def reported(self, metadata: object) -> None:
         if not isinstance(metadata, ReportMetadata):
             return
         if metadata.names is not None:
             self.adopt(namespaces_told({(0, 0): metadata.names}))
-        for save in self._planner.report(metadata.report):
-            self._unpin(save)
-        if self._must_clear and not self._planner.num_saves:
-            self._must_clear = False
-            self._clear_store()
+        ended = self._planner.report(metadata.report)
+        if not ended:
+            return
+        self._unpin(ended)
+        if self._stale_saves:
+            self._stale_saves.difference_update(save.job.job_id for save in ended)
+            if not self._stale_saves:
+                self._clear_store()
 
-    def _unpin(self, save: EndedSave) -> None:
+    def _unpin(self, ended: Sequence[EndedSave]) -> None:
         blocks = self._pool.blocks
         # The last block first, as vLLM frees: the end of a prefix is the first to be reused.
-        self._pool.free_blocks(blocks[block] for block in reversed(save.block_ids))
+        self._pool.free_blocks(
+            blocks[block] for save in ended for block in reversed(save.block_ids)
+        )
         if self._events is not None:
-            self._events.ended(save)
+            for save in ended:
+                self._events.ended(save)
 
     @property
     def has_saves(self) -> bool:
@@ -181,8 +197,9 @@ class SchedulerSide:
     def clear(self) -> bool:
         """Remove all blocks of this model from the store, for every engine that shares it."""
         self._planner.clear()
-        # Saves under way would bring back blocks of before.
-        self._must_clear = self.has_saves
+        # Nothing is loaded before these have ended and the store was cleared once more. Other
+        # saves, of what is computed from now on, do not put that off.
+        self._stale_saves = set(self._planner.saves_under_way())
         return self._clear_store()
 
     def _clear_store(self) -> bool:
@@ -205,10 +222,27 @@ _POLICY = (
 )
 
 
+class _Table:
+    """A request's blocks in one group, of which few are asked for."""
+
+    __slots__ = ("_blocks",)
+
+    def __init__(self, blocks: Sequence[Any]) -> None:
+        self._blocks = blocks
+
+    def __getitem__(self, at: slice, /) -> list[int]:
+        return [block.block_id for block in self._blocks[at]]
+
+
+def _tables(blocks: Any) -> list[_Table]:
+    """By group, of vLLM's KVCacheBlocks."""
+    return [_Table(group) for group in blocks.blocks]
+
+
 def _why_async(vllm_config: Any, groups: Sequence[Group], num_engine_groups: int) -> str | None:
     """Return what forbids loads that a step waits for, if anything does."""
     if num_engine_groups > 1 or not tells_blocks(groups):
-        return "several groups of layers or a window, as vLLM cannot be told that such a load failed"
+        return "several groups or a window: vLLM cannot be told that such a load failed"
     if vllm_config.max_concurrent_batches > 1:
         # The next step would save what it computed on top of a load that failed.
         return "steps that are scheduled before the one before has ended"

@@ -6,7 +6,7 @@ loads.
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import fields
 from typing import Any, TypeVar
 
 from prometheus_client import Counter
@@ -39,6 +39,12 @@ _COUNTERS = {
     "hit_tokens": "Of those, tokens that kvstore has",
 }
 
+# Looked up once: this is asked in every step.
+_NAMES = {
+    kind: tuple(declared.name for declared in fields(kind))
+    for kind in (TransferCounters, PlannerCounters)
+}
+
 
 class KVStoreStats(KVConnectorStats):
     """Sums of TransferCounters and PlannerCounters by name; empty where nothing happened."""
@@ -46,7 +52,7 @@ class KVStoreStats(KVConnectorStats):
     @classmethod
     def of(cls, counters: TransferCounters | PlannerCounters) -> KVStoreStats | None:
         """Return None where nothing happened: then vLLM sends nothing."""
-        data = asdict(counters)
+        data = {name: getattr(counters, name) for name in _NAMES[type(counters)]}
         return cls(data=data) if any(data.values()) else None
 
     def reset(self) -> None:

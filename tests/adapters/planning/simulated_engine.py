@@ -210,7 +210,7 @@ class Engine:
         self.preempted.add(request.request_id)
 
     def abort(self, request: Request) -> None:
-        self.planner.finished(request.request_id, request.num_computed)
+        self.planner.finished(request.request_id, request.num_computed, request.hashes)
         del self.requests[request.request_id]
         self.preempted.discard(request.request_id)
         if request.status == "loading":
@@ -248,6 +248,9 @@ class Engine:
             self.loads[load.request_id] = load
         for job in plan.saves:
             self._start_save(job)
+        assert self.planner.take_pinned() == [
+            block for job in plan.saves for move in job.moves for block in move.block_ids
+        ]
         if self.settings.is_async:
             self._compute(scheduled)
             return

@@ -180,6 +180,14 @@ def test_a_window_loads_what_it_sees_and_no_null_blocks() -> None:
     assert not window.chain().linked
 
 
+def test_a_window_that_would_end_earlier_than_was_looked_up_is_not_loaded() -> None:
+    bench = Bench(WITH_WINDOW)
+    bench.arrive(80)
+    bench.lookups.found = 64
+    assert bench.match(80) == 64
+    assert bench.match(64) == 0  # a window's blocks before an earlier end need not be there
+
+
 def test_speculative_decoding_gives_up_the_last_block_of_a_hit() -> None:
     bench = Bench(drop_blocks=1)
     bench.arrive(64)
@@ -212,7 +220,7 @@ def test_requests_that_never_arrived_are_left_alone() -> None:
     plan = bench.planner.step([bench.due(64)], ["a"])
     assert not plan
     assert bench.planner.report(StepReport({7: 1}, {7: 3}, {"a": 0})) == []
-    assert bench.planner.finished("a") is None
+    assert bench.planner.finished("a", 0, []) is None
 
 
 def test_a_step_waits_for_lookups_no_longer_than_it_may_in_all() -> None:
@@ -311,7 +319,7 @@ def test_a_failure_told_after_the_abort_changes_nothing() -> None:
     bench.arrive(64)
     bench.lookups.found = 64
     load(bench, 64)
-    bench.planner.finished("a")
+    bench.planner.finished("a", 0, [])
     assert bench.planner.report(StepReport(failed={"a": 0})) == []
 
 
@@ -394,7 +402,7 @@ def test_no_more_blocks_are_pinned_than_allowed_and_the_rest_comes_later() -> No
     assert bench.planner.is_full
     assert bench.saved_blocks(bench.due(80)) == []
     (ended,) = bench.planner.report(StepReport({0: 1}, {0: 2}))
-    assert (ended.block_ids, ended.num_stored) == ((1, 2, 3), 2)
+    assert (ended.block_ids, ended.num_stored) == ([1, 2, 3], 2)
     assert bench.saved_blocks(bench.due(80)) == [[4, 5]]
 
 
@@ -402,7 +410,7 @@ def test_what_found_no_room_until_the_end_is_counted() -> None:
     bench = Bench(max_pinned_blocks=3)
     bench.arrive(80)
     bench.planner.step([bench.due(80)])
-    bench.planner.finished("a", 80)
+    bench.planner.finished("a", 80, HASHES[:5])
     assert bench.planner.take_counters().dropped_blocks == 2
 
 
@@ -410,7 +418,7 @@ def test_pins_end_when_all_ranks_are_done_with_the_fewest_stored() -> None:
     bench = Bench(num_ranks=3)
     bench.arrive(64)
     bench.planner.step([bench.due(64)])
-    bench.planner.finished("a")
+    bench.planner.finished("a", 0, [])
     assert bench.planner.report(StepReport({0: 2}, {0: 3})) == []
     assert bench.planner.num_saves == 1
     (ended,) = bench.planner.report(StepReport({0: 1}, {0: 4}))
@@ -448,7 +456,7 @@ def test_a_prefill_says_what_it_saved_and_a_decode_waits_for_it() -> None:
     prefill = Bench(can_load=False)
     prefill.arrive(70)
     prefill.planner.step([prefill.due(70)])
-    params = prefill.planner.finished("a")
+    params = prefill.planner.finished("a", 70, HASHES[:4])
     assert params == {"kvstore": {"tokens": 64, "hash": HASHES[3].hex(), "source": SOURCE}}
     decode = Bench()
     decode.arrive(70, params)
@@ -460,8 +468,8 @@ def test_who_does_not_hand_over_is_told_nothing() -> None:
     bench.arrive(64, name="a")
     bench.arrive(64, {}, name="b")
     bench.planner.step([bench.due(64, name="a"), bench.due(64, name="b")])
-    assert bench.planner.finished("a") is None
-    assert bench.planner.finished("b") is not None
+    assert bench.planner.finished("a", 64, HASHES[:4]) is None
+    assert bench.planner.finished("b", 64, HASHES[:4]) is not None
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ was loaded or saved.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import inspect
 import logging
 import pickle
@@ -31,9 +33,10 @@ from vllm.v1.request import RequestStatus
 
 from kvstore import ConfigError
 from kvstore.bench.serving import PrivateDaemon
-from kvstore_adapters.vllm import plugin
+from kvstore_adapters.settings import AdapterSettings
+from kvstore_adapters.vllm import connector, namespaces, plugin
 from kvstore_adapters.vllm.connector import KVStoreConnector
-from kvstore_adapters.vllm.scheduler_side import _blocks_to_drop
+from kvstore_adapters.vllm.scheduler_side import SchedulerSide
 from tests.adapters.vllm.configs import full, window
 from tests.adapters.vllm.instance import BLOCK, KV_CONNECTOR, Instance, instances, prompt
 
@@ -270,7 +273,7 @@ def test_who_shares_blocks_that_did_not_come_saves_nothing_wrong(make: Make) -> 
     first = make(load="sync")
     first.run("a", prompt(64))
     first.settle()
-    second = make(load="sync")
+    second = make(load="sync", lookup_wait=1.0)
 
     def lose(output: Any) -> None:
         if output.kv_connector_metadata.plan.loads:
@@ -524,6 +527,29 @@ def test_a_reset_empties_the_store_for_all(make: Make) -> None:
     assert make().run("b", prompt(100)) == 101
 
 
+def test_saves_that_outlast_a_reset_leave_nothing_behind(make: Make) -> None:
+    instance = make()
+    transfers = instance.workers[0]._worker._transfers
+    held: list[Any] = []
+    save, transfers.save = transfers.save, lambda *job: held.append(job)
+    instance.run("a", prompt(100))
+    late = held.copy()
+    instance.connector.reset_cache()
+    # The instance is busy: others' saves are under way all the time.
+    instance.run("b", prompt(100, seed=1))
+    assert len(held) > len(late)
+    for job in late:
+        save(*job)
+    # Nothing is loaded meanwhile, and then there is nothing.
+    pinned = instance.connector._scheduler._planner
+    instance.until(lambda: len(set(pinned.saves_under_way()) & {j[0].job_id for j in late}) == 0)
+    assert make().run("c", prompt(100)) == 101
+    for job in held[len(late) :]:
+        save(*job)
+    instance.settle()
+    assert instance.free_blocks == instance.all_blocks
+
+
 def test_events_tell_of_blocks_once_they_are_stored(make: Make) -> None:
     def with_events(config: Any) -> None:
         config.kv_events_config = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
@@ -561,7 +587,7 @@ def test_a_model_that_cannot_be_kept_is_served_with_one_warning(
     assert len([r for r in caplog.records if r.name.startswith("kvstore_adapters")]) == 1
     assert "mamba" in caplog.text
     request = SimpleNamespace(request_id="a")
-    deciding.bind_gpu_block_pool(None)
+    deciding.bind_kv_cache_manager(SimpleNamespace(block_pool=None))
     deciding.on_new_request(request)
     assert deciding.get_num_new_matched_tokens(request, 0) == (0, False)
     deciding.update_state_after_alloc(request, None, 0)
@@ -574,9 +600,9 @@ def test_a_model_that_cannot_be_kept_is_served_with_one_warning(
     assert deciding.request_finished(request, []) == (False, None)
     assert not deciding.has_pending_push_work()
     assert not list(deciding.take_events())
-    for connector in (deciding, moving):
-        connector.get_kv_connector_stats()
-        connector.shutdown()
+    for half in (deciding, moving):
+        half.get_kv_connector_stats()
+        half.shutdown()
 
 
 @pytest.mark.parametrize("algorithm", ["xxhash", "xxhash_cbor"])
@@ -610,12 +636,57 @@ def test_no_step_waits_for_a_load_where_the_next_is_scheduled_before_it_ends(
     assert instance.connector._scheduler._is_async
 
 
-def test_a_drafter_that_wants_the_last_block_computed_gets_it() -> None:
-    def config(drops: bool) -> Any:
-        return SimpleNamespace(
-            speculative_config=SimpleNamespace(use_eagle_block_drop=lambda: drops)
-        )
+@pytest.mark.parametrize(
+    ("drops", "specs", "drop_blocks", "can_load"),
+    [(False, [], 0, True), (True, [], 1, True), (True, HYBRID, 1, False)],
+)
+def test_a_drafter_that_wants_the_last_block_computed_gets_it(
+    make: Make, drops: bool, specs: list[Any], drop_blocks: int, can_load: bool
+) -> None:
+    instance = make(specs=specs)
+    config = copy.copy(instance.scheduler.vllm_config)
+    config.speculative_config = SimpleNamespace(
+        method="eagle", use_eagle_block_drop=lambda: drops, draft_model_config=None
+    )
+    side = SchedulerSide(config, instance.caches, AdapterSettings())
+    side.close()
+    assert side._planner._settings.drop_blocks == drop_blocks
+    assert side._planner._settings.can_load == can_load
 
-    assert _blocks_to_drop(config(True)) == 1
-    assert _blocks_to_drop(config(False)) == 0
-    assert _blocks_to_drop(SimpleNamespace(speculative_config=None)) == 0
+
+def with_another_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers know more of how blocks lie than the scheduler does."""
+    guessed = namespaces.namespaces_of
+
+    def known(*arguments: Any) -> Any:
+        return {
+            key: dataclasses.replace(name, layout=f"{name.layout}, surely")
+            for key, name in guessed(*arguments).items()
+        }
+
+    monkeypatch.setattr(connector, "namespaces_of", known)
+
+
+def test_the_scheduler_looks_where_the_workers_say_that_they_save(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_another_backend(monkeypatch)
+    first = make()
+    first.run("a", prompt(100))
+    first.settle()
+    assert make().run("b", prompt(100)) == 101 - 96
+
+
+def test_one_of_several_connectors_leaves_the_handshake_to_the_others(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_another_backend(monkeypatch)
+    monkeypatch.setattr(connector, "has_kv_transfer_group", lambda: True)
+    monkeypatch.setattr(connector, "get_kv_transfer_group", object)
+    first = make()
+    assert first.workers[0].get_handshake_metadata() is None
+    first.run("a", prompt(100))
+    first.settle()
+    second = make()
+    assert second.run("b", prompt(100, seed=1)) == 101  # the first step tells
+    assert second.run("c", prompt(100)) == 101 - 96

@@ -24,15 +24,17 @@ pytestmark = [
 
 
 def run(script: str, directory: Path, *arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, str(support.ROOT / "examples" / script), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=(directory / "log").open("wb"),
-        env=support.environment_of_engines({"XDG_RUNTIME_DIR": str(directory)}),
-        cwd=directory,
-        text=True,
-        check=False,
-    )
+    with (directory / "log").open("wb") as log:
+        done = subprocess.run(
+            [sys.executable, str(support.ROOT / "examples" / script), *arguments],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            # The user's own daemon, if there is one, is left alone.
+            env=support.environment_of_engines({"XDG_RUNTIME_DIR": str(directory)}),
+            cwd=directory,
+            text=True,
+            check=False,
+        )
     assert done.returncode == 0, (done.stdout, (directory / "log").read_text()[-6000:])
     return done.stdout
 

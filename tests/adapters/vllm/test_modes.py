@@ -64,12 +64,11 @@ def test_a_preempted_request_gets_its_decoded_tokens_back_too(
 ) -> None:
     prompts = support.prompts(3)
     decoded = 200
-    # Room for one request and half of another, at 128 KiB a block.
-    num_blocks = (len(prompts[-1]) + decoded) * 3 // (2 * BLOCK_TOKENS)
+    # Room for the shared prefix and the rest of two requests, not of three, at 128 KiB a block.
+    num_blocks = (support.SHARED_TOKENS + 2 * 350) // BLOCK_TOKENS
+    sizes: dict[str, Any] = {"kv_cache_memory_bytes": num_blocks << 17, "max_model_len": 640}
     config = support.transfer_config(daemon.address, save_decode=True)
-    with EngineProcess(
-        model, tmp_path / "log", config, kv_cache_memory_bytes=num_blocks << 17
-    ) as engine:
+    with EngineProcess(model, tmp_path / "log", config, **sizes) as engine:
         found = tokens_of(engine.generate(prompts, decoded))
         assert engine.counter("num_preemptions") > 0
         assert engine.external_hits() > 0

@@ -168,6 +168,41 @@ def test_the_seed_of_dummy_weights_counts_and_else_does_not(made: Any) -> None:
     assert names(dummy)[0, 0] != names(with_path(dummy, "model_config.seed", 5))[0, 0]
 
 
+@pytest.mark.parametrize(
+    ("of_model", "counts"),
+    [
+        ({}, False),
+        ({"rope_parameters": {"rope_type": "longrope"}}, True),
+        ({"rope_parameters": {"full_attention": {"rope_type": "longrope"}}}, True),
+        ({"model_type": "llama4_text"}, True),
+    ],
+)
+def test_the_longest_context_counts_where_kv_depends_on_it(
+    made: Any, of_model: dict[str, Any], counts: bool
+) -> None:
+    text = copy.copy(made.model_config.hf_text_config)
+    for name, value in of_model.items():
+        setattr(text, name, value)
+    config = with_path(made, "model_config.hf_text_config", text)
+    caches = cache_config(made)
+    longer = with_path(config, "model_config.max_model_len", 2048)
+    assert (names(config, caches)[0, 0] != names(longer, caches)[0, 0]) == counts
+
+
+def test_other_layers_of_the_same_sizes_are_another_namespace(made: Any) -> None:
+    # As where pipeline stages are cut elsewhere.
+    caches = cache_config(made)
+    group = caches.kv_cache_groups[0]
+    other = {name: f"{name}0" for name in group.layer_names}
+    before = names(made, caches)[0, 0]
+    group.layer_names[:] = other.values()
+    for tensor in caches.kv_cache_tensors:
+        tensor.layers = [other[name] for name in tensor.layers]
+    after = names(made, caches)[0, 0]
+    assert before.spec == after.spec
+    assert before.digest != after.digest
+
+
 def test_the_draft_model_counts(made: Any, model: Path) -> None:
     class Draft:
         method = "eagle3"
