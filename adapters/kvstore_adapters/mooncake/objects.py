@@ -90,7 +90,8 @@ class Objects:
     def __init__(self, open_store: OpenStore, tenant: str) -> None:
         self._open_store = open_store
         self._salt = tenant.encode()
-        self._lock = threading.Lock()  # guards _values
+        self._lock = threading.Lock()  # for those who change _values, and _is_closed
+        self._is_closed = False
         self._values: dict[int, kvstore.Store] = {}  # by slot size; as many as there are slot sizes
         self._index = open_store(self._namespace("entries-1", _ENTRY.itemsize), required=True)
         self._padding = _Padding()
@@ -198,11 +199,17 @@ class Objects:
         entries["name"][todo] = drawn.reshape(-1, _NAME_BYTES)
         entries["magic"] = _MAGIC
         wanted: list[_Wanted] = []
+        is_open: dict[int, bool] = {}  # by slot size
         for place in todo:
             num_bytes = sources[place].num_bytes
             slot_bytes = slot_bytes_of(num_bytes)
             entries["num_bytes"][place], entries["slot_bytes"][place] = num_bytes, slot_bytes
-            wanted.append((place, slot_bytes, sources[place].leading(num_bytes)))
+            if slot_bytes not in is_open:
+                is_open[slot_bytes] = self._opens(slot_bytes)
+            if is_open[slot_bytes]:
+                wanted.append((place, slot_bytes, sources[place].leading(num_bytes)))
+            else:
+                codes[place] = NO_AVAILABLE_HANDLE
         for places, slot_bytes, buffers in self._batches(wanted, is_load=False):
             for place, code in zip(
                 places, self._put_slots(slot_bytes, _names(entries[places]), buffers), strict=True
@@ -210,14 +217,19 @@ class Objects:
                 codes[place] = code
         return entries
 
+    def _opens(self, slot_bytes: int) -> bool:
+        """Whether the daemon takes values of this size; if not, none of their memory is touched."""
+        try:
+            self._store(slot_bytes)
+        except kvstore.ConfigError as error:
+            logger.warning("a value is refused: %s", error)
+            return False
+        return True
+
     def _put_slots(
         self, slot_bytes: int, names: kvstore.BlockHashes, buffers: kvstore.BlockBuffers
     ) -> list[int]:
-        try:
-            store = self._store(slot_bytes)
-        except kvstore.ConfigError as error:
-            logger.warning("a value is refused: %s", error)
-            return [INVALID_PARAMS] * len(names)
+        store = self._store(slot_bytes)
         result = store.put(names, buffers).wait()
         if result.num_blocks == len(names):
             return [OK] * len(names)
@@ -266,6 +278,8 @@ class Objects:
     # ---
 
     def close(self) -> None:
+        with self._lock:
+            self._is_closed = True
         for store in [self._index, *self._opened()]:
             store.close()
 
@@ -274,7 +288,12 @@ class Objects:
             return list(self._values.values())
 
     def _store(self, slot_bytes: int) -> kvstore.Store:
+        known = self._values.get(slot_bytes)
+        if known is not None:  # nobody waits while another size is connected
+            return known
         with self._lock:
+            if self._is_closed:
+                raise kvstore.StoreClosedError("the store is closed")
             if slot_bytes not in self._values:
                 namespace = self._namespace("values-1", slot_bytes)
                 self._values[slot_bytes] = self._open_store(namespace, required=False)

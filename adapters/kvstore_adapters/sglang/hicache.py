@@ -104,7 +104,11 @@ class KVStoreHiCache(HiCacheStorage):
             for split, pages in enumerate(groups)
         }
         shards = Shards(namespaces, self._settings)
-        shards.connect_all()
+        try:
+            shards.connect_all()
+        except BaseException:  # SGLang can be asked to attach again, any number of times
+            shards.close(0.0)
+            raise
         self._pools[name] = PoolStore(name, groups, shards, self._settings.load_deadline)
         if known is not None:
             known.close(_CLOSE_SECONDS)

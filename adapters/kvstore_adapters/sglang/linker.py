@@ -244,14 +244,16 @@ class KVStoreLinker(UnifiedCacheLinker):
     # --- storing
 
     def offload(self, transfers: list[PoolTransfer], session_id: str | None = None) -> bool:
-        resolved = self._group.resolve_transfers(transfers, allow_partial=True)
-        if not resolved:
+        try:
+            resolved = self._group.resolve_transfers(transfers, allow_partial=True)
+            if resolved and self._is_writer:
+                self._saver.submit([_move(t) for t in resolved], self.record_offload_ready())
+            elif resolved:
+                self._saver.skip()
+        except Exception as error:  # noqa: BLE001  nothing of ours may stop the scheduler
+            self._notices.warn("pages are not stored", repr(error))
             return False
-        if self._is_writer:
-            self._saver.submit([_move(t) for t in resolved], self.record_offload_ready())
-        else:
-            self._saver.skip()
-        return True
+        return bool(resolved)
 
     def num_completed_offloads(self) -> int:
         return self._saver.num_results

@@ -303,9 +303,20 @@ def test_about_itself(store: MooncakeDistributedStore, address: str) -> None:
     assert (dummy.close(), dummy.close(), dummy.health_check()) == (OK, OK, 1)
 
 
-def test_a_value_that_no_chunk_holds_is_refused(store: MooncakeDistributedStore) -> None:
-    assert store.put("key", bytes(2 << 20)) == INVALID
+def test_a_value_that_no_chunk_holds_has_no_room(store: MooncakeDistributedStore) -> None:
+    """Not as an error of the caller's: vLLM gives a client up that answers it to a put."""
+    assert store.put("key", bytes(2 << 20)) == NO_ROOM
     assert store.is_exist("key") == 0
+
+
+def test_a_value_of_any_size_costs_the_others_of_its_batch_nothing(address: str) -> None:
+    store = client(address, require_registration=False)
+    memory = np.arange(64, dtype=np.uint8)
+    at = memory.ctypes.data
+    answers = store.batch_put_from(["huge", "small"], [at, at], [1 << 46, 64])
+    assert answers == [NO_ROOM, OK]
+    assert store.get("small") == memory.tobytes()
+    store.close()
 
 
 def test_setup_fails_where_no_daemon_is(tmp_path: Path, address: str) -> None:

@@ -208,10 +208,19 @@ CASES: dict[str, Callable[[Any, int], Any]] = {
         store.put("old", b"third"),
         store.get("old"),
     ),
-    "too large": lambda store, at: store.put("large", bytes(300 << 20)),
+    "too large": lambda store, at: put_large(store),
     "healthy": lambda store, at: store.health_check(),
     "set up again": lambda store, at: store.remove_all(True) >= 0,
 }
+
+
+def put_large(store: Any) -> Any:
+    memory = np.zeros(300 << 20, np.uint8)  # more than either has
+    return (
+        store.register_buffer(memory.ctypes.data, memory.nbytes),
+        store.put_from("large", memory.ctypes.data, memory.nbytes),
+        store.unregister_buffer(memory.ctypes.data),
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
