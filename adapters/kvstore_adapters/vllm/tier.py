@@ -44,7 +44,6 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 import kvstore
 from kvstore_adapters.daemon_start import ensure_daemon
-from kvstore_adapters.identity import model_identity
 from kvstore_adapters.planning.shards import Shards
 from kvstore_adapters.settings import AdapterSettings
 from kvstore_adapters.vllm.namespaces import model_of
@@ -121,8 +120,10 @@ def _identity(config: OffloadingConfig, settings: AdapterSettings) -> tuple[tupl
         return model_of(engine, settings), str(engine.attention_config.backend or "")
     if settings.model:
         return (settings.model, ""), ""
-    logger.warning("the model's revision is not known; set `model` to tell revisions apart")
-    return model_identity(config.model.name), ""
+    raise kvstore.ConfigError(
+        f"model: of {config.model.name} only the path is known here, not what changes its KV; "
+        "give it a name of your own"
+    )
 
 
 def names_of(keys: Iterable[OffloadKey]) -> kvstore.BlockHashes:

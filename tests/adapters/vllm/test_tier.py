@@ -104,7 +104,13 @@ class Offloading:
         Path(self._region.mmap_path).unlink()  # it stays mapped, and is gone whatever happens
         primary = CPUPrimaryTierOffloadingManager(POOL_CHUNKS, self._region)
         view = primary.get_kv_memoryview()
-        tier = {"type": "KVStoreTier", "module_path": "kvstore_adapters.vllm.tier"}
+        # No engine's configuration is about that says more of the model than its name.
+        named = (config or offloading_config()).model.name
+        tier = {
+            "type": "KVStoreTier",
+            "module_path": "kvstore_adapters.vllm.tier",
+            "model": named,
+        }
         self.tier = SecondaryTierFactory.create_secondary_tier(
             {**tier, "address": address, **settings}, view, Spec(config or offloading_config())
         )
@@ -235,6 +241,13 @@ def test_an_engine_with_another_model_or_layout_misses(
 ) -> None:
     offloading().store(0, 1)
     assert offloading(config=offloading_config(**changes)).find(0) is LookupResult.MISS
+
+
+def test_a_model_of_which_only_the_path_is_known_is_refused(
+    offloading: Callable[..., Offloading],
+) -> None:
+    with pytest.raises(kvstore.ConfigError, match="some/model"):
+        offloading(model="")
 
 
 def test_groups_of_a_hybrid_model_are_kept_apart() -> None:
