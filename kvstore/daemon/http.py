@@ -16,6 +16,7 @@ without a token only requests to an address or to localhost are answered.
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import hashlib
 import hmac
@@ -208,8 +209,10 @@ class HttpServer:
     def close(self) -> None:
         """Stop listening, end all connections and threads."""
         if self._thread.is_alive():
-            # In the thread that owns them; when none is left, its loop ends.
-            self._server.trigger.pull_trigger(lambda: wasyncore.close_all(self._server._map))
+            # In the thread that owns them; when none is left, its loop ends. It may do so, woken by
+            # a request that ends, before we come to wake it: then its pipe is closed already.
+            with contextlib.suppress(OSError):
+                self._server.trigger.pull_trigger(lambda: wasyncore.close_all(self._server._map))
             self._thread.join(_CLOSE_SECONDS)
         self._listener.close()
 
