@@ -302,7 +302,9 @@ def main() -> None:
     fuse = importlib.import_module("mfusepy")
     faults = Faults()
     threading.Thread(target=faults.serve, args=[control], daemon=True).start()
-    fuse.FUSE(PassThrough(root, faults), mounted_at, foreground=True, kernel_cache=True)
+    fuse.FUSE(
+        PassThrough(root, faults), mounted_at, foreground=True, kernel_cache=True, hard_remove=True
+    )
 
 
 if __name__ == "__main__":
