@@ -302,6 +302,8 @@ def main() -> None:
     fuse = importlib.import_module("mfusepy")
     faults = Faults()
     threading.Thread(target=faults.serve, args=[control], daemon=True).start()
+    # hard_remove: we hear of a close some time after it; until then libfuse would make a rename
+    # out of an unlink.
     fuse.FUSE(
         PassThrough(root, faults), mounted_at, foreground=True, kernel_cache=True, hard_remove=True
     )
