@@ -59,6 +59,23 @@ def xxh3(data: Buffer | npt.NDArray[Any]) -> int:
 
 def checksum(addr: int, bytes: int) -> int: ...
 def copy_with_checksum(to: int, from_: int, bytes: int) -> int: ...
+def move_pieces(
+    to: npt.NDArray[np.uint64],
+    from_: npt.NDArray[np.uint64],
+    lengths: npt.NDArray[np.uint64],
+    checksums: npt.NDArray[np.uint64] | None,
+    threads: int,
+    timeout: float,
+    cancel: CancelFlag | None = None,
+) -> npt.NDArray[np.uint8]:
+    """Copy pieces of memory; return what became of each (kvstore.transport.Status)."""
+
+class CancelFlag:
+    """Ends a move from another thread."""
+
+    def set(self) -> None: ...
+    def is_set(self) -> bool: ...
+
 def gather(
     plan: CopyPlan,
     block_ids: npt.NDArray[np.int64],

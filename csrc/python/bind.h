@@ -12,5 +12,6 @@ void BindQuant(pybind11::module_ &m);
 void BindIo(pybind11::module_ &m);
 void BindPolicy(pybind11::module_ &m);
 void BindNet(pybind11::module_ &m);
+void BindMove(pybind11::module_ &m);
 
 }  // namespace kvstore

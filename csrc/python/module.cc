@@ -10,4 +10,5 @@ PYBIND11_MODULE(_native, m) {
     kvstore::BindPolicy(m);
     kvstore::BindCore(m);
     kvstore::BindNet(m);
+    kvstore::BindMove(m);
 }
