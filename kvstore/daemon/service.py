@@ -32,7 +32,7 @@ import numpy as np
 
 from kvstore import _native, tracing
 from kvstore.address import tcp_address
-from kvstore.auth import read_secret
+from kvstore.auth import private_directory, read_secret
 from kvstore.config import DaemonConfig, parse_bytes
 from kvstore.config_sources import fallback_directory, notify_socket
 from kvstore.daemon import report
@@ -44,7 +44,6 @@ from kvstore.daemon.sockets import (
     address_of,
     listen_tcp,
     listen_unix,
-    private_directory,
     unlink_socket,
 )
 from kvstore.daemon.tenants import tenants_of
