@@ -88,7 +88,7 @@ class EndpointInfo(msgspec.Struct, frozen=True):
             if found != VERSION:
                 raise IncompatibleError(f"endpoint: version {found}; this is version {VERSION}")
             return _decoder.decode(data)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise IncompatibleError(f"endpoint: not a description of one: {error}") from error
 
 
