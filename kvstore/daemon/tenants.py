@@ -143,9 +143,7 @@ class Tenants:
         is_right = is_proof(proof, "client", asked.secret or self._decoy, asked.body, asked.nonce)
         if asked.secret is None or not is_right:
             raise PeerUnavailableError(
-                "the token is not the peers'"
-                if asked.hello.peer
-                else "the token is not the tenant's"
+                "the token is not the peers'" if asked.hello.peer else "the token is not the tenant's"
             )
         hello = asked.hello
         may_administer = hello.tenant == DEFAULT and not hello.peer
