@@ -70,6 +70,11 @@ def move_pieces(
 ) -> npt.NDArray[np.uint8]:
     """Copy pieces of memory; return what became of each (kvstore.transport.Status)."""
 
+def checksum_pieces(
+    addresses: npt.NDArray[np.uint64], lengths: npt.NDArray[np.uint64], threads: int
+) -> npt.NDArray[np.uint64]:
+    """Return the XXH3-64 of each piece of memory."""
+
 class CancelFlag:
     """Ends a move from another thread."""
 
