@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Sequence
 from pathlib import Path
 
 from kvstore.errors import ConfigError
 
 _SOCKET_PATH_BYTES_MAX = 107  # sockaddr_un.sun_path less its terminator
+HOLDERS_MAX = 16  # daemons that one fetch may name
 
 
 def unix_path(address: str) -> Path:
@@ -40,6 +42,31 @@ def tcp_address(address: str) -> tuple[str, int]:
     if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
         raise ConfigError(f"address: {address!r} is not of the form host:port")
     return host, int(port)
+
+
+def checked_holders(holders: Sequence[str]) -> list[str]:
+    """Return addresses of daemons, each once, in the order given.
+
+    Raises:
+        ConfigError: one is no address, or there are more than HOLDERS_MAX.
+    """
+    if isinstance(holders, str):
+        raise ConfigError(f"holders: {holders!r} is not a list of addresses")
+    found = list(dict.fromkeys(holders))
+    if len(found) > HOLDERS_MAX:
+        raise ConfigError(f"holders: {len(found)} are too many; {HOLDERS_MAX} can be asked at once")
+    for address in found:
+        kind = str(address).partition(":")[0]
+        try:
+            if kind == "tcp":
+                tcp_address(address)
+            else:
+                unix_path(address)
+        except (ConfigError, AttributeError) as error:
+            raise ConfigError(
+                f"holders: {address!r} is not tcp:host:port or unix:/path.sock"
+            ) from error
+    return found
 
 
 def is_loopback(host: str) -> bool:

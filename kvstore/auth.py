@@ -11,14 +11,17 @@ tunnel.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import os
+import secrets
 import stat
 from pathlib import Path
 from typing import Literal
 
-from kvstore.errors import ConfigError
+from kvstore.config_sources import fallback_directory, runtime_directory
+from kvstore.errors import ConfigError, StorageError
 
 SECRET_BYTES_MIN = 16
 _SECRET_BYTES_MAX = 4096
@@ -90,3 +93,61 @@ def read_secret(path: str | os.PathLike[str], name: str = "token_file") -> bytes
     if len(secret) > _SECRET_BYTES_MAX:
         raise ConfigError(f"{name}: {Path(path)} is longer than {_SECRET_BYTES_MAX} bytes")
     return check_secret(secret.strip(), f"{name}: {Path(path)}")
+
+
+def private_directory(path: Path, name: str) -> None:
+    """Make a directory that only we can enter, or see that it is one.
+
+    Raises:
+        ConfigError: it is another user's, or others may enter it; the message begins with `name`.
+        StorageError: it cannot be made.
+    """
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = path.lstat()
+    except OSError as error:
+        raise StorageError(error.errno or 0, f"{name}: {path}: {error.strerror}") from error
+    if not stat.S_ISDIR(found.st_mode):
+        raise ConfigError(f"{name}: {path} is not a directory")
+    if found.st_uid != os.geteuid():
+        raise ConfigError(f"{name}: {path} belongs to user {found.st_uid}")
+    if found.st_mode & 0o077:
+        raise ConfigError(
+            f"{name}: {path} has mode {found.st_mode & 0o777:04o}, so others may enter it; "
+            f"make it 0700"
+        )
+
+
+def user_secret(name: str) -> tuple[bytes, Path]:
+    """Return a secret that this user's processes on this host share, and the file that holds it:
+    made by whoever asks first, and for nobody else to read.
+
+    Raises:
+        ConfigError: the file or its directory could be another user's doing.
+        StorageError: it cannot be made.
+    """
+    around = runtime_directory()
+    if around == fallback_directory():
+        private_directory(around, name)
+    directory = around / "kvstore-secrets"
+    private_directory(directory, name)
+    path = directory / name
+    if not path.exists():
+        _make_secret(path, name)
+    return read_secret(path, name), path
+
+
+def _make_secret(path: Path, name: str) -> None:
+    """Under its name only once it is whole; of several that do this at once, one's."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(8)}")
+    try:
+        fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with open(fd, "w", encoding="ascii") as file:
+            file.write(secrets.token_hex(32))
+        with contextlib.suppress(FileExistsError):
+            os.link(draft, path)
+    except OSError as error:
+        raise StorageError(error.errno or 0, f"{name}: {path}: {error.strerror}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            draft.unlink()

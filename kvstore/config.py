@@ -31,7 +31,11 @@ for _power, _letter in enumerate("kmgt", start=1):
     _UNITS[_letter] = _UNITS[_letter + "ib"] = 1024**_power
     _UNITS[_letter + "b"] = 1000**_power
 
-_SIZES = ("cpu", "chunk", "ssd_capacity", "ssd_segment", "write_behind", "ssd_write_budget")
+_SIZES = (
+    "cpu", "chunk", "ssd_capacity", "ssd_segment", "write_behind", "ssd_write_budget",
+    "peer_bandwidth",
+)  # fmt: skip
+MOVERS = ("shm", "ucx", "tcp")  # ways between two daemons' memories, the best first
 
 
 def parse_bytes(value: int | str, name: str = "size") -> int:
@@ -107,6 +111,22 @@ class StoreConfig:
         0, "bytes a second that may be written to ssd; 0: no bound"
     )
     lease_seconds: float = setting(60.0, "how long acquired blocks stay pinned unless released")
+    peer_token: str = setting(
+        "",
+        "file (mode 0600) with the secret that daemons prove to one another; without it blocks are "
+        "neither fetched from other daemons nor served to them",
+    )
+    movers: str = setting(
+        "auto",
+        "ways to other daemons' memory that may be used: shm, ucx, tcp, in any number, with commas "
+        "between; auto: all there are",
+    )
+    peer_bandwidth: int | str = setting(
+        0, "bytes a second that are fetched from other daemons; 0: no bound"
+    )
+    peer_require_rdma: bool = setting(
+        False, "between hosts move blocks over RDMA only, never over TCP"
+    )
 
     def __post_init__(self) -> None:
         for name in _SIZES:
@@ -120,9 +140,32 @@ class StoreConfig:
             raise ConfigError(f"lease_seconds: {self.lease_seconds!r} is not a number")
         if not self.lease_seconds > 0:
             raise ConfigError(f"lease_seconds: {self.lease_seconds!r} is not positive")
+        self._check_peers()
         if self.cpu_bytes < 1 << 20:
             raise ConfigError(f"cpu: {self.cpu_bytes} bytes is less than 1 MiB")
         self._check_units()
+
+    def _check_peers(self) -> None:
+        for name in ("peer_token", "movers"):
+            if not isinstance(getattr(self, name), str):
+                raise ConfigError(f"{name}: {getattr(self, name)!r} is not text")
+        if not self.mover_names or not set(self.mover_names) <= set(MOVERS):
+            raise ConfigError(
+                f"movers: {self.movers!r} is neither auto nor some of {', '.join(MOVERS)}"
+            )
+        if self.peer_require_rdma and not {"shm", "ucx"} & set(self.mover_names):
+            raise ConfigError("peer_require_rdma: none of `movers` may be used then")
+
+    @property
+    def mover_names(self) -> tuple[str, ...]:
+        """The ways to other daemons' memory that may be used."""
+        if self.movers == "auto":
+            return MOVERS
+        return tuple(dict.fromkeys(word.strip() for word in self.movers.split(",")))
+
+    @property
+    def peer_bandwidth_bytes(self) -> int:
+        return parse_bytes(self.peer_bandwidth)
 
     def _check_units(self) -> None:
         for small, large, times in (("chunk", "cpu", 1), ("ssd_segment", "ssd_capacity", 3)):
@@ -203,6 +246,11 @@ class DaemonConfig(StoreConfig):
     token_file: str = setting(
         "", "file (mode 0600) with the secret that TCP clients prove, and HTTP asks for"
     )
+    peer_listen: str = setting(
+        "",
+        "host (an address of this machine) on which other daemons read blocks; default: that of "
+        "`tcp`, or 127.0.0.1",
+    )
     http: str = setting("127.0.0.1:9470", "host:port of metrics and status page; empty: none")
     client_writes: ClientWrites = setting(
         "in_place",
@@ -223,7 +271,7 @@ class DaemonConfig(StoreConfig):
         super().__post_init__()
         object.__setattr__(self, "scrub", parse_bytes(self.scrub, "scrub"))
         _check_choices(self, client_writes=ClientWrites, log_level=LogLevel, log_format=LogFormat)
-        for name in ("listen", "tcp", "token_file", "http", "state", "trace"):
+        for name in ("listen", "tcp", "token_file", "peer_listen", "http", "state", "trace"):
             if not isinstance(getattr(self, name), str):
                 raise ConfigError(f"{name}: {getattr(self, name)!r} is not text")
         if not self.listen:
@@ -261,6 +309,13 @@ class DaemonConfig(StoreConfig):
     @property
     def scrub_bytes_per_second(self) -> int:
         return parse_bytes(self.scrub)
+
+    @property
+    def peer_host(self) -> str:
+        """Where other daemons read blocks."""
+        if self.peer_listen or not self.tcp:
+            return self.peer_listen or "127.0.0.1"
+        return tcp_address(self.tcp)[0]
 
     @property
     def is_open_to_the_network(self) -> bool:

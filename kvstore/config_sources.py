@@ -18,8 +18,25 @@ from kvstore.errors import ConfigError
 
 _PREFIX = "KVSTORE_"
 TOKEN_VARIABLE = "KVSTORE_TOKEN"  # a secret: no setting, since settings are shown
+# Of SGLang's hand-off, whose flags leave no room for settings of ours, and the mark by which its
+# processes know that it was asked for.
+_TRANSFER_VARIABLES = {
+    "token_file": "KVSTORE_TRANSFER_TOKEN_FILE",
+    "timeout": "KVSTORE_TRANSFER_TIMEOUT",
+    "movers": "KVSTORE_TRANSFER_MOVERS",
+}
+_SGLANG_TRANSFER_VARIABLE = "KVSTORE_SGLANG_TRANSFER"
 # Variables of the build, of benches and of the transport, not settings.
-_NOT_OURS = frozenset(("KVSTORE_BUILD_JOBS", "KVSTORE_SANITIZE", "KVSTORE_UCX_LIB", TOKEN_VARIABLE))
+_NOT_OURS = frozenset(
+    (
+        "KVSTORE_BUILD_JOBS",
+        "KVSTORE_SANITIZE",
+        "KVSTORE_UCX_LIB",
+        TOKEN_VARIABLE,
+        _SGLANG_TRANSFER_VARIABLE,
+        *_TRANSFER_VARIABLES.values(),
+    )
+)
 
 _Config = TypeVar("_Config")
 
@@ -85,7 +102,7 @@ def coerced(name: str, default: Any, value: Any) -> Any:
         if value.lower() in ("0", "false", "no", "off"):
             return False
         raise ConfigError(f"{name}: {value!r} is not true or false")
-    if name in ("chunk", "ssd_write_budget"):  # sizes, whose default is the number 0
+    if name in ("chunk", "ssd_write_budget", "peer_bandwidth"):  # sizes whose default is 0
         return value
     try:
         return type(default)(value)
@@ -174,6 +191,35 @@ def token_from_environment(environ: Mapping[str, str] | None = None) -> bytes | 
     return found or None
 
 
+def transfer_variables(environ: Mapping[str, str] | None = None) -> dict[str, Setting]:
+    """Return what the environment says of a hand-off between engines: token_file, timeout and
+    movers, those that are set."""
+    found = os.environ if environ is None else environ
+    return {
+        name: Setting(found[variable], variable)
+        for name, variable in _TRANSFER_VARIABLES.items()
+        if found.get(variable)
+    }
+
+
+def choose_sglang_transfer() -> None:
+    """Mark that SGLang's KV is to be handed over by kvstore, for this process and those that it
+    starts."""
+    os.environ[_SGLANG_TRANSFER_VARIABLE] = "1"
+
+
+def is_sglang_transfer_chosen(environ: Mapping[str, str] | None = None) -> bool:
+    found = os.environ if environ is None else environ
+    return found.get(_SGLANG_TRANSFER_VARIABLE) == "1"
+
+
 def notify_socket(environ: Mapping[str, str] | None = None) -> str:
     """Return where a service manager waits for "READY=1"; "" for nowhere."""
     return (os.environ if environ is None else environ).get("NOTIFY_SOCKET", "")
+
+
+def cache_directory(environ: Mapping[str, str] | None = None) -> Path:
+    """Return where what can be made again is kept for a user: $XDG_CACHE_HOME, else ~/.cache."""
+    given = (os.environ if environ is None else environ).get("XDG_CACHE_HOME", "")
+    base = Path(given) if given and Path(given).is_absolute() else Path("~/.cache").expanduser()
+    return base / "kvstore"

@@ -7,7 +7,7 @@ daemon serves each client with a control of the first kind: one code path.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -148,7 +148,18 @@ class Control(Protocol):
         ...
 
     def abort(self, reservation: int) -> None: ...
-    def prefetch(self, hashes: BlockHashes) -> Future[TransferResult]: ...
+    def prefetch(
+        self, hashes: BlockHashes, holders: Sequence[str] = ()
+    ) -> Future[TransferResult]: ...
+    def fetch(self, hashes: BlockHashes, holders: Sequence[str], timeout: float) -> int:
+        """Bring leading blocks that no tier has from other daemons, as far as they come within
+        `timeout`; return how many are available then.
+
+        Raises:
+            ConfigError: a holder is no address, or whoever decides has no peers.
+        """
+        ...
+
     def remove(self, hashes: BlockHashes) -> int: ...
     def report_corrupt(self, block_hash: bytes) -> None:
         """A reader found that a block fails its checksum: count it and remove the block."""

@@ -10,6 +10,7 @@
   x StorageError           the operating system refused an I/O (EIO, EROFS, ...) (also an OSError)
   x PeerUnavailableError   the daemon or a peer is gone or does not speak our protocol
   x DeadlineExceededError  a call reached its deadline (also a TimeoutError)
+  x GpuError               a GPU, its driver or its compiler is missing, or refused a call
 
 A miss is not an error: lookups and loads return what they found.
 """
@@ -53,3 +54,7 @@ class PeerUnavailableError(KVStoreError):
 
 class DeadlineExceededError(KVStoreError, TimeoutError):
     """A call reached its deadline."""
+
+
+class GpuError(KVStoreError):
+    """A GPU, its driver or its compiler is missing, or refused a call."""

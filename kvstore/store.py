@@ -158,7 +158,12 @@ class Store:
     # --- reading
 
     def acquire(
-        self, hashes: Hashes, *, ttl: float | None = None, timeout: float | None = None
+        self,
+        hashes: Hashes,
+        *,
+        ttl: float | None = None,
+        timeout: float | None = None,
+        holders: Sequence[str] = (),
     ) -> Lease:
         """Pin the leading blocks that are in DRAM, reading in those on ssd first.
 
@@ -166,9 +171,12 @@ class Store:
             hashes: the chain.
             ttl: seconds until the lease ends by itself; default from the configuration.
             timeout: seconds to wait for lower tiers; what has not arrived by then is not pinned.
+            holders: addresses of other daemons, which may have what no tier has here; they are
+                asked first.
         """
         chain = BlockHashes.of(hashes)
         control = self.control
+        timeout = self._fetch(control, chain, holders, timeout)
         granted = control.acquire(
             chain,
             control.terms.lease_seconds if ttl is None else ttl,
@@ -184,6 +192,7 @@ class Store:
         *,
         background: bool = False,
         timeout: float | None = None,
+        holders: Sequence[str] = (),
     ) -> Transfer:
         """Copy the leading blocks that the store has into engine blocks.
 
@@ -192,7 +201,10 @@ class Store:
             buffers: where the engine's blocks lie.
             block_ids: shape (n,); default 0, 1, 2, ...
             background: return at once, copy on a background thread.
-            timeout: seconds to wait for lower tiers.
+            timeout: seconds to wait for lower tiers, and for `holders`.
+            holders: addresses of other daemons ("tcp:host:port"), which may have what no tier has
+                here: the daemon, or an embedded store with `peer_token`, fetches it from them. What
+                cannot be had from any of them is a miss.
 
         Returns:
             A transfer whose `num_blocks` leading blocks hold exactly the bytes that were put.
@@ -203,8 +215,8 @@ class Store:
         buffers.require_block_bytes(self._block_bytes)
         buffers.require_writable()
         if background:
-            return self._submit(lambda: self._load(chain, buffers, ids, timeout))
-        return Transfer(self._load(chain, buffers, ids, timeout))
+            return self._submit(lambda: self._load(chain, buffers, ids, timeout, holders))
+        return Transfer(self._load(chain, buffers, ids, timeout, holders))
 
     @traced("load", lambda result, _, chain, *__: _load_attributes(result, chain))
     def _load(
@@ -213,8 +225,10 @@ class Store:
         buffers: BlockBuffers,
         ids: npt.NDArray[np.int64],
         timeout: float | None,
+        holders: Sequence[str],
     ) -> TransferResult:
         control = self.control
+        timeout = self._fetch(control, chain, holders, timeout)
         if self._fast_load is not None:
             terms = control.terms
             loaded, is_all = self._fast_load(
@@ -269,9 +283,25 @@ class Store:
         wait = self._timeout if timeout is None else timeout
         return Load(control, acquire, chain, buffers, ids, wait, self._call_seconds)
 
-    def prefetch(self, hashes: Hashes) -> Transfer:
-        """Start to read leading blocks from lower tiers into DRAM."""
-        return Transfer(future=self.control.prefetch(BlockHashes.of(hashes)))
+    def prefetch(self, hashes: Hashes, *, holders: Sequence[str] = ()) -> Transfer:
+        """Start to read leading blocks from lower tiers, and from `holders` what no tier has, into
+        DRAM."""
+        return Transfer(future=self.control.prefetch(BlockHashes.of(hashes), holders))
+
+    def _fetch(
+        self,
+        control: Control,
+        chain: BlockHashes,
+        holders: Sequence[str],
+        timeout: float | None,
+    ) -> float | None:
+        """Have what is missing here come from `holders`; return what that leaves of `timeout`."""
+        if not holders or control.match(chain) == len(chain):
+            return timeout
+        wait = self._timeout if timeout is None else timeout
+        began = time.monotonic()
+        control.fetch(chain, holders, wait)
+        return max(0.0, wait - (time.monotonic() - began))
 
     # --- writing
 

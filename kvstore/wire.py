@@ -172,14 +172,16 @@ class Message(msgspec.Struct, tag_field="is", forbid_unknown_fields=True):
     """Base of all messages."""
 
 
-class Hello(Message, tag="hello"):
-    """The first frame of a connection."""
+class Hello(Message, tag="hello", omit_defaults=True):
+    """The first frame of a connection. What has its default is left out, so that daemons which do
+    not know of it yet read the rest."""
 
     version: int
     namespace: dict[str, Any]  # Namespace.describe(); {}: no namespace, CALL and PING only
     token: bytes = b""  # of the first Welcome: this is one more connection of that client
     tenant: str = ""  # "": the default tenant, or the one that our uid belongs to
     nonce: bytes = b""  # NONCE_BYTES random bytes where a tenant's secret may be asked for
+    peer: bool = False  # a daemon that acts for a tenant of its own, and proves the peer secret
 
 
 class Challenge(Message, tag="challenge"):
@@ -193,7 +195,7 @@ class Auth(Message, tag="auth"):
     proof: bytes
 
 
-class Welcome(Message, tag="welcome"):
+class Welcome(Message, tag="welcome", omit_defaults=True):
     token: bytes  # names this client to further connections; secret
     client: int  # its number, which is its writer id too
     epoch: bytes  # 16 bytes, others with each start of the daemon
@@ -205,6 +207,9 @@ class Welcome(Message, tag="welcome"):
     verify_always: bool
     threads: int
     lease_seconds: float
+    # For peers only: kvstore.transport.EndpointInfo, which holds secrets, and the arena's region.
+    endpoint: bytes = b""
+    region: int = 0
 
 
 class Call(Message):
@@ -221,6 +226,15 @@ class Prefetch(Call, tag="prefetch"):
     """-> how many leading blocks are in DRAM once `timeout` seconds went by, or all are."""
 
     chain: bytes
+    timeout: float
+
+
+class Fetch(Call, tag="fetch"):
+    """-> how many leading blocks are in some tier once those that were missing had `timeout`
+    seconds to come from `holders`: addresses of other daemons."""
+
+    chain: bytes
+    holders: list[str]
     timeout: float
 
 
@@ -286,12 +300,13 @@ class AdminShutdown(Call, tag="admin.shutdown"):
 
 
 CallRequest = (
-    Describe | Prefetch | Remove | Corrupt | Clear | Flush | Events | Stats
+    Describe | Prefetch | Fetch | Remove | Corrupt | Clear | Flush | Events | Stats
     | AdminStatus | AdminInspect | AdminNamespaces | AdminVerify | AdminRestart | AdminShutdown
 )  # fmt: skip
 ADMIN_CALLS = (
     AdminStatus, AdminInspect, AdminNamespaces, AdminVerify, AdminRestart, AdminShutdown
 )  # fmt: skip
+PEER_CALLS = (Describe, Prefetch, Corrupt)  # what a peer may ask for, besides Stats
 
 _encoder = msgspec.msgpack.Encoder()
 _hello = msgspec.msgpack.Decoder(Hello)

@@ -12,4 +12,5 @@ PYBIND11_MODULE(_native, m) {
     kvstore::BindNet(m);
     kvstore::BindUcx(m);
     kvstore::BindMove(m);
+    kvstore::BindBulk(m);
 }

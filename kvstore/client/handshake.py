@@ -31,6 +31,7 @@ class Target:
     namespace: Namespace
     tenant: str = ""
     secret: bytes = field(default=b"", repr=False)
+    is_peer: bool = False  # we are a daemon, `tenant` is whom we act for, `secret` the peers' own
 
     @classmethod
     def of(
@@ -105,7 +106,14 @@ def dial(target: Target, token: bytes, timeout: float) -> tuple[Connection, wire
 def _greet(connection: Connection, target: Target, token: bytes, deadline: float) -> wire.Welcome:
     nonce = secrets.token_bytes(wire.NONCE_BYTES) if target.secret else b""
     hello = wire.encode(
-        wire.Hello(wire.VERSION, target.namespace.describe(), token, target.tenant, nonce)
+        wire.Hello(
+            wire.VERSION,
+            target.namespace.describe(),
+            token,
+            target.tenant,
+            nonce,
+            target.is_peer,
+        )
     )
     reply = wire.decode_greeting(connection.call(wire.Op.HELLO, hello, _left(deadline)))
     if isinstance(reply, wire.Challenge):
@@ -115,7 +123,7 @@ def _greet(connection: Connection, target: Target, token: bytes, deadline: float
             raise IncompatibleError(f"{target.address} does not know our token's secret")
         proof = wire.encode(wire.Auth(auth.proof_of("client", target.secret, hello, reply.nonce)))
         reply = wire.decode_greeting(connection.call(wire.Op.AUTH, proof, _left(deadline)))
-    elif target.secret and not target.address.startswith("unix:"):
+    elif target.is_peer or (target.secret and not target.address.startswith("unix:")):
         # Whoever takes us without a proof may be anybody, also in the place of one that proved it.
         raise IncompatibleError(f"{target.address} did not prove that it knows our token's secret")
     if not isinstance(reply, wire.Welcome):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ import numpy.typing as npt
 
 from kvstore import wire
 from kvstore._native import Connection
+from kvstore.address import checked_holders
 from kvstore.block import BlockHashes, Namespace
 from kvstore.client.copies import ACK_SECONDS, Copies
 from kvstore.client.handshake import Target
@@ -26,6 +28,7 @@ from kvstore.errors import KVStoreError, PeerUnavailableError, StoreClosedError
 from kvstore.events import Event, decode_events
 from kvstore.transfer import TransferResult
 
+_log = logging.getLogger(__name__)
 _UNKNOWN = Terms(verify_always=False, threads=1, lease_seconds=60.0)  # until a daemon answers
 _IS_PREFETCH, _IS_PIN = 1, 1  # flags of LOOKUP, of ACQUIRE
 _PREFETCH_SECONDS = 60.0
@@ -65,6 +68,7 @@ class RemoteControl:
         self._timeout = timeout
         self._landing_bytes = landing_bytes
         self._outages = Outages()
+        self._said_no_peers = False
         self._link = Link(target, timeout, self._outages)
         try:
             if required:
@@ -219,10 +223,24 @@ class RemoteControl:
             self._outages.add_call(error)
             return False
 
-    def prefetch(self, hashes: BlockHashes) -> Future[TransferResult]:
+    def fetch(self, hashes: BlockHashes, holders: Sequence[str], timeout: float) -> int:
+        request = wire.Fetch(wire.pack_chain(hashes), checked_holders(holders), timeout)
+        try:
+            return int(self._call(request, timeout))
+        except AWAY:  # counted
+            self.require_open()
+        except KVStoreError as error:  # the daemon has no peers: so nothing comes from them
+            if not self._said_no_peers:
+                self._said_no_peers = True
+                _log.warning("%s: nothing comes from holders: %s", self._target.address, error)
+        return 0
+
+    def prefetch(self, hashes: BlockHashes, holders: Sequence[str] = ()) -> Future[TransferResult]:
         self.require_open()
 
         def fetch() -> TransferResult:
+            if holders:
+                self.fetch(hashes, holders, _PREFETCH_SECONDS)
             request = wire.Prefetch(wire.pack_chain(hashes), _PREFETCH_SECONDS)
             try:
                 ready = int(self._call(request, _PREFETCH_SECONDS))

@@ -234,8 +234,13 @@ class Requests:
         if isinstance(request, wire.Stats):
             return wire.encode(self._stats())
         control = _control_of(client)
+        if client.identity.is_peer and not isinstance(request, wire.PEER_CALLS):
+            raise PeerUnavailableError(f"a peer may read only: no {type(request).__name__.lower()}")
         if isinstance(request, wire.Prefetch):
             return self._prefetch(task, control, request)
+        if isinstance(request, wire.Fetch):
+            self._fetch(task, control, request)
+            return None
         if isinstance(request, wire.Flush):
             self._flush(task, control, request)
             return None
@@ -284,6 +289,18 @@ class Requests:
 
         self._waiting.add(future, deadline, finish)
         return None
+
+    def _fetch(self, task: Task, control: LocalControl, request: wire.Fetch) -> None:
+        hashes = wire.parse_chain(request.chain)
+        seconds = bounded(request.timeout) - task.age_seconds
+        future = control.fetch_later(hashes, request.holders, seconds)
+
+        def finish(is_done: bool) -> None:
+            if not is_done:
+                self._tiers.counters.add("deadline_exceeded")
+            self.guarded(task, lambda: wire.encode(control.match(hashes)))
+
+        self._waiting.add(future, time.monotonic() + seconds, finish)
 
     def _flush(self, task: Task, control: LocalControl, request: wire.Flush) -> None:
         deadline = time.monotonic() - task.age_seconds + bounded(request.timeout)

@@ -33,6 +33,7 @@ from kvstore.daemon.sockets import address_of, listen_unix, unlink_socket
 from kvstore.daemon.tenants import DEFAULT, Identity, Peer, Tenants
 from kvstore.daemon.waiting import Waiting
 from kvstore.errors import (
+    ConfigError,
     IncompatibleError,
     KVStoreError,
     PeerUnavailableError,
@@ -50,6 +51,8 @@ _LOOK_LANES = 2
 _WAIT_LANES = 3
 _CLOSE_SECONDS = 5.0
 _DECLARED = frozenset(key for metric in METRICS for key in metric.stats_keys())
+# What a peer needs to reach the arena: kvstore.transport.EndpointInfo, packed, and its region.
+Offer = Callable[[], tuple[bytes, int]]
 _NO_CLIENT = Client(0, b"", Identity("", is_own_user=False, may_administer=False), None, 0, -1)
 
 
@@ -70,13 +73,15 @@ class Server:
         threads: int = 2,
         epoch: bytes = b"",
         administered: Administered | None = None,
+        offer: Offer | None = None,
     ) -> None:
-        """`listeners`: see `listen`."""
+        """`listeners`: see `listen`. `offer`: how peers reach the arena."""
         self._tiers = tiers
         self._listeners: list[socket.socket] = []
         self.addresses: list[str] = []
         self._tenants = tenants or Tenants({}, {}, os.geteuid())
         self._may_write = client_writes == "in_place"
+        self._offer = offer
         self.epoch = epoch or secrets.token_bytes(16)
         self._lock = threading.Lock()
         self._clients: dict[int, Client] = {}
@@ -244,7 +249,8 @@ class Server:
             raise IncompatibleError(
                 f"the daemon speaks protocol {wire.VERSION}, the client {hello.version}"
             )
-        identity = self._tenants.identify(Peer(task.is_local, task.peer_uid), hello.tenant)
+        peer = Peer(task.is_local, task.peer_uid)
+        identity = self._tenants.identify(peer, hello.tenant, hello.peer)
         if identity is None:
             return wire.encode(self._tenants.challenge(task.connection, hello, task.body))
         return self._admit(task, hello, identity)
@@ -275,11 +281,14 @@ class Server:
             threads=config.threads,
             lease_seconds=config.lease_seconds,
         )
+        if identity.is_peer and self._offer is not None:
+            welcome.endpoint, welcome.region = self._offer()
         return wire.encode(welcome)
 
     def _rights(self, task: Any, identity: Identity) -> tuple[bool, bool]:
         """Whether a client may map the arena, and whether writable."""
-        may_map = task.is_local and identity.is_own_user and identity.tenant == DEFAULT
+        is_own = identity.is_own_user and not identity.is_peer
+        may_map = task.is_local and is_own and identity.tenant == DEFAULT
         # Of a process that we cannot see (another pid namespace), nobody could tell after a crash
         # whether it still copies into its slots.
         return may_map, may_map and self._may_write and process_start(task.peer_pid) != 0
@@ -309,6 +318,8 @@ class Server:
         try:
             if namespace is not None:
                 tenant = tiers.tenant(identity.tenant)
+                if identity.is_peer and not tiers.knows(namespace, tenant):
+                    raise ConfigError("namespace: there are no blocks of it here")
                 control = LocalControl(
                     tiers, namespace, owns_tiers=False, tenant=tenant, owner=owner
                 )
@@ -330,7 +341,7 @@ class Server:
                 may_map_writable=may_write,
                 notices=tiers.ssd is not None,
                 notice_used=tiers.wants_used,
-                label=f"{identity.tenant}/{name}" if identity.tenant else name,
+                label=_label(identity, name),
                 block_tokens=control.namespace.spec.block_tokens if control else 0,
             ):
                 raise PeerUnavailableError("the connection is gone")
@@ -347,6 +358,11 @@ class Server:
                 self._tokens.pop(client.token, None)
         if client is not None and client.control is not None:
             client.control.close()  # the native server ends the owner
+
+
+def _label(identity: Identity, name: str) -> str:
+    label = f"{identity.tenant}/{name}" if identity.tenant else name
+    return f"peer:{label}" if identity.is_peer else label
 
 
 def _lanes(name: str, count: int) -> list[BackgroundThread]:

@@ -1,39 +1,15 @@
-"""Sockets that the daemon listens on, and the directories in which they lie."""
+"""Sockets that the daemon listens on."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import socket
-import stat
 from pathlib import Path
 
 from kvstore.errors import ConfigError, InUseError, StorageError
 
 _BACKLOG = 128
-
-
-def private_directory(path: Path, name: str) -> None:
-    """Make a directory that only we can enter, or see that it is one.
-
-    Raises:
-        ConfigError: it is another user's, or others may enter it; the message begins with `name`.
-        StorageError: it cannot be made.
-    """
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = path.lstat()
-    except OSError as error:
-        raise StorageError(error.errno or 0, f"{name}: {path}: {error.strerror}") from error
-    if not stat.S_ISDIR(found.st_mode):
-        raise ConfigError(f"{name}: {path} is not a directory")
-    if found.st_uid != os.geteuid():
-        raise ConfigError(f"{name}: {path} belongs to user {found.st_uid}")
-    if found.st_mode & 0o077:
-        raise ConfigError(
-            f"{name}: {path} has mode {found.st_mode & 0o777:04o}, so others may enter it; "
-            f"make it 0700"
-        )
 
 
 def listen_unix(path: Path, mode: int = 0o600) -> socket.socket:

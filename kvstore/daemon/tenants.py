@@ -6,6 +6,7 @@
     Unix socket, a user in a tenant's `uids`   that tenant           nothing
     TCP, a tenant with a secret                whom it says          the secret
     TCP on loopback, "" without a secret       the default tenant    nothing
+    a daemon that acts for a tenant            that tenant, to read  the secret of peers
     anybody else                               refused
 
 A tenant that does not exist and one whose secret is wrong look alike from outside.
@@ -42,6 +43,7 @@ class Identity:
     tenant: str
     is_own_user: bool  # of the daemon, on this host
     may_administer: bool
+    is_peer: bool = False  # a daemon: it may read what the tenant has, here and by our endpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,6 @@ class _Challenged:
     body: bytes
     nonce: bytes
     secret: bytes | None
-    tenant: str
 
 
 class Tenants:
@@ -61,6 +62,7 @@ class Tenants:
         secrets_by_name: of those that have one; "" is the default tenant.
         uid: whose processes may do everything.
         open_to_network: TCP peers may be on other hosts, so all of them need a secret.
+        peer_secret: what daemons prove that act for tenants of theirs; None: there are none.
     """
 
     def __init__(
@@ -70,11 +72,13 @@ class Tenants:
         uid: int,
         *,
         open_to_network: bool = False,
+        peer_secret: bytes | None = None,
     ) -> None:
         self._tenants = dict(tenants)
         self._secrets = dict(secrets_by_name)
         self._uid = uid
         self._open_to_network = open_to_network
+        self._peer_secret = peer_secret
         self._of_uid = {each: name for name, tenant in tenants.items() for each in tenant.uids}
         self._challenges: OrderedDict[int, _Challenged] = OrderedDict()
         self._decoy = secrets.token_bytes(SECRET_BYTES_MIN)
@@ -84,12 +88,16 @@ class Tenants:
         """Whether processes of other users are to reach the Unix socket."""
         return any(uid != self._uid for uid in self._of_uid)
 
-    def identify(self, peer: Peer, tenant: str) -> Identity | None:
+    def identify(self, peer: Peer, tenant: str, is_peer: bool = False) -> Identity | None:
         """Return who a peer is that says to be `tenant`; None where it has to prove it.
 
         Raises:
             PeerUnavailableError: it is refused.
         """
+        if is_peer:
+            if self._peer_secret is None:
+                raise PeerUnavailableError("peer_token: this daemon serves no peers")
+            return None  # on this host too: only the secret tells a daemon from a client
         if peer.is_local:
             return self._identify_local(peer.uid, tenant)
         if tenant == DEFAULT and DEFAULT not in self._secrets and not self._open_to_network:
@@ -114,10 +122,10 @@ class Tenants:
         """
         if len(hello.nonce) != wire.NONCE_BYTES:
             raise PeerUnavailableError("a token is needed: see token_file")
-        secret = self._secrets.get(hello.tenant)
+        secret = self._peer_secret if hello.peer else self._secrets.get(hello.tenant)
         nonce = secrets.token_bytes(wire.NONCE_BYTES)
         proof = proof_of("server", secret or self._decoy, body, nonce)
-        self._challenges[connection] = _Challenged(hello, body, nonce, secret, hello.tenant)
+        self._challenges[connection] = _Challenged(hello, body, nonce, secret)
         self._challenges.move_to_end(connection)
         while len(self._challenges) > _CHALLENGES_MAX:
             self._challenges.popitem(last=False)
@@ -134,9 +142,15 @@ class Tenants:
             raise PeerUnavailableError("no proof was asked for")
         is_right = is_proof(proof, "client", asked.secret or self._decoy, asked.body, asked.nonce)
         if asked.secret is None or not is_right:
-            raise PeerUnavailableError("the token is not the tenant's")
-        is_default = asked.tenant == DEFAULT
-        return asked.hello, Identity(asked.tenant, is_own_user=False, may_administer=is_default)
+            whose = "the peers'" if asked.hello.peer else "the tenant's"
+            raise PeerUnavailableError(f"the token is not {whose}")
+        hello = asked.hello
+        may_administer = hello.tenant == DEFAULT and not hello.peer
+        if hello.peer and hello.tenant != DEFAULT and hello.tenant not in self._tenants:
+            raise PeerUnavailableError(f"tenant: there is no {hello.tenant!r} here")
+        return hello, Identity(
+            hello.tenant, is_own_user=False, may_administer=may_administer, is_peer=hello.peer
+        )
 
 
 def tenants_of(config: DaemonConfig, environment_token: bytes | None, uid: int) -> Tenants:
@@ -158,4 +172,10 @@ def tenants_of(config: DaemonConfig, environment_token: bytes | None, uid: int) 
             f"tcp: {config.tcp} can be reached from other hosts; set token_file, or listen on "
             f"127.0.0.1"
         )
-    return Tenants(config.tenants, found, uid, open_to_network=config.is_open_to_the_network)
+    return Tenants(
+        config.tenants,
+        found,
+        uid,
+        open_to_network=config.is_open_to_the_network,
+        peer_secret=read_secret(config.peer_token, "peer_token") if config.peer_token else None,
+    )

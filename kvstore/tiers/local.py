@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore import _native
+from kvstore.address import checked_holders
 from kvstore.block import BlockHashes, Namespace
 from kvstore.config import StoreConfig
 from kvstore.control import NO_SPACE, Ack, Granted, Offsets, Reserved, Terms
@@ -30,6 +31,7 @@ from kvstore.events import Event, decode_events, last_sequence
 from kvstore.metrics import Counters
 from kvstore.records import hash_rows
 from kvstore.tiers.admission import HashRows, Origin
+from kvstore.tiers.fetching import Fetches, NoPeers, Wanted
 from kvstore.tiers.names import Tenant, pack_metadata, unpack_metadata
 from kvstore.tiers.promotion import Promoter
 from kvstore.tiers.write_behind import Job
@@ -45,6 +47,7 @@ ON_SSD = 2  # residency
 IN_CPU = 1 | 4  # residency: ready, or being written
 # MissReason in csrc/core/store_core.h; "": it can be had, maybe from ssd only
 _WHY_MISSED = ("absent", "pending", "evicted", "")
+PREFETCH_SECONDS = 60.0  # that a prefetch from other daemons may take
 PROMISE_SECONDS = 10.0  # how long a put at a level above memory waits for room in the queue
 NAMESPACES_MAX = 1024  # of a tenant: each costs memory for as long as this process lives
 EVENT_CAPACITY = 1 << 16  # of a namespace, 96 B each; a reader further behind sees a gap
@@ -126,6 +129,8 @@ class Tiers:
             raise
         self.wants_used = self.ssd is not None and self.ssd.admission.wants_used
         self._promoter = Promoter(self.core, self.ssd, self.counters)
+        # Set by whoever puts the parts together, before anybody asks; ours to close.
+        self.fetches: Fetches = NoPeers()
 
     def _add_tenant(self, tenant: Tenant) -> None:
         if tenant.name in self._tenants:
@@ -164,6 +169,14 @@ class Tiers:
         """Return the core's number of a tenant. Raises KeyError for a name that was not given."""
         return self._tenants[name]
 
+    def tenant_name(self, number: int) -> str:
+        return next(name for name, known in self._tenants.items() if known == number)
+
+    def knows(self, namespace: Namespace, tenant: int) -> bool:
+        """Whether anybody has bound it already."""
+        with self._lock:
+            return (tenant, namespace.digest) in self._namespaces
+
     def bind(self, namespace: Namespace, tenant: int = DEFAULT_TENANT) -> int:
         """Return the core's number for a tenant's namespace, registering it when new."""
         with self._lock:
@@ -177,7 +190,7 @@ class Tiers:
             return number
 
     def _register(self, namespace: Namespace, tenant: int) -> int:
-        name = next(name for name, number in self._tenants.items() if number == tenant)
+        name = self.tenant_name(tenant)
         try:
             number = self.core.add_namespace(namespace.spec.block_bytes, tenant)
         except ValueError as error:
@@ -274,6 +287,7 @@ class Tiers:
             return
         self.closed = True
         deadline = time.monotonic() + timeout
+        self.fetches.close(timeout)
         self._promoter.close(timeout)
         if self.ssd is not None:
             self.ssd.close(max(0.0, deadline - time.monotonic()))
@@ -297,6 +311,7 @@ class LocalControl:
         self._core = tiers.core
         self._namespace = namespace
         self._id = tiers.bind(namespace, tenant)
+        self._tenant = tenant
         self._owner = self._core.new_owner() if owner is None else owner
         self._owns_owner = owner is None
         self._events_lock = threading.Lock()
@@ -465,9 +480,40 @@ class LocalControl:
                 self._note_used(hashes[:loaded])
         return loaded, is_all
 
-    def prefetch(self, hashes: BlockHashes) -> Future[TransferResult]:
+    def prefetch(self, hashes: BlockHashes, holders: Sequence[str] = ()) -> Future[TransferResult]:
         available = self.match(hashes)
+        if holders and available < len(hashes):
+            return self._prefetch_from(hashes, holders)
         return self._tiers.prefetch(self._id, hashes[:available])
+
+    def _prefetch_from(self, hashes: BlockHashes, holders: Sequence[str]) -> Future[TransferResult]:
+        done: Future[TransferResult] = Future()
+
+        def finish(fetched: Future[int]) -> None:
+            ready = fetched.result()
+            self._tiers.prefetch(self._id, hashes[:ready])
+            done.set_result(TransferResult(ready, num_missed=len(hashes) - ready))
+
+        self.fetch_later(hashes, holders, PREFETCH_SECONDS).add_done_callback(finish)
+        return done
+
+    def fetch(self, hashes: BlockHashes, holders: Sequence[str], timeout: float) -> int:
+        try:
+            return self.fetch_later(hashes, holders, timeout).result(timeout)
+        except FutureTimeoutError:
+            self._tiers.counters.add("deadline_exceeded")
+            return self.match(hashes)
+
+    def fetch_later(
+        self, hashes: BlockHashes, holders: Sequence[str], timeout: float
+    ) -> Future[int]:
+        """As `fetch`; the future never fails, but may be later than `timeout`.
+
+        Raises:
+            ConfigError: see `kvstore.control.Control.fetch`.
+        """
+        wanted = Wanted(self._id, self._namespace, self._tiers.tenant_name(self._tenant), hashes)
+        return self._tiers.fetches.fetch(wanted, checked_holders(holders), timeout)
 
     # --- writing
 

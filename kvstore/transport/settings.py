@@ -1,0 +1,43 @@
+"""TransportSettings: how an endpoint listens, and by what it moves bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvstore.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class TransportSettings:
+    """
+    Args:
+        listen: host, or "host:port", on which the tcp and ucx movers listen. Beyond loopback only
+            with a secret.
+        movers: of "shm", "ucx", "tcp"; None: all that work here.
+        timeout: seconds after which a peer that gives no sign is given up.
+        bytes_per_second: limit of what peers read from us over tcp; 0: none.
+        connections: of one tcp link for large batches; 0: as many as pay.
+        ucx_library: path of a libucp; "": searched for.
+        ucx_tls: UCX's transports; "": RDMA where there is any, else tcp.
+        ucx_devices: UCX's network devices; "": all.
+
+    Raises:
+        ConfigError: a value is wrong; the message names it.
+    """
+
+    listen: str = "127.0.0.1"
+    movers: tuple[str, ...] | None = None
+    timeout: float = 2.0
+    bytes_per_second: int = 0
+    connections: int = 0
+    ucx_library: str = ""
+    ucx_tls: str = ""
+    ucx_devices: str = ""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.timeout <= 3600:
+            raise ConfigError(f"timeout: {self.timeout} is not between 0 and 3600 seconds")
+        if self.bytes_per_second < 0:
+            raise ConfigError(f"bytes_per_second: {self.bytes_per_second} is negative")
+        if not 0 <= self.connections <= 64:
+            raise ConfigError(f"connections: {self.connections} is not between 0 and 64")
