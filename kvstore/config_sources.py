@@ -216,3 +216,10 @@ def is_sglang_transfer_chosen(environ: Mapping[str, str] | None = None) -> bool:
 def notify_socket(environ: Mapping[str, str] | None = None) -> str:
     """Return where a service manager waits for "READY=1"; "" for nowhere."""
     return (os.environ if environ is None else environ).get("NOTIFY_SOCKET", "")
+
+
+def cache_directory(environ: Mapping[str, str] | None = None) -> Path:
+    """Return where what can be made again is kept for a user: $XDG_CACHE_HOME, else ~/.cache."""
+    given = (os.environ if environ is None else environ).get("XDG_CACHE_HOME", "")
+    base = Path(given) if given and Path(given).is_absolute() else Path("~/.cache").expanduser()
+    return base / "kvstore"
