@@ -54,6 +54,11 @@ class CopyPlan:
     def runs(self) -> npt.NDArray[np.int64]:
         """The merged runs, in payload order."""
 
+    @property
+    def addresses(self) -> npt.NDArray[np.uint64]:
+        """Of scattered blocks, where each run of each block begins, (num_blocks, num_runs); else
+        no rows."""
+
 def xxh3(data: Buffer | npt.NDArray[Any]) -> int:
     """XXH3-64 of a contiguous buffer."""
 
@@ -69,6 +74,11 @@ def move_pieces(
     cancel: CancelFlag | None = None,
 ) -> npt.NDArray[np.uint8]:
     """Copy pieces of memory; return what became of each (kvstore.transport.Status)."""
+
+def checksum_pieces(
+    addresses: npt.NDArray[np.uint64], lengths: npt.NDArray[np.uint64], threads: int
+) -> npt.NDArray[np.uint64]:
+    """Return the XXH3-64 of each piece of memory."""
 
 class CancelFlag:
     """Ends a move from another thread."""
