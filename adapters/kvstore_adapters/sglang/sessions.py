@@ -46,6 +46,7 @@ class Session:
         self._lock = threading.Lock()
         self._link: Link | None = None
         self._map = AddressMap(())
+        self._closed = False
 
     def write(
         self, addresses: Addresses, peer_addresses: Addresses, lengths: Addresses, deadline: float
@@ -94,6 +95,7 @@ class Session:
 
     def close(self) -> None:
         with self._lock:
+            self._closed = True
             link, self._link = self._link, None
         if link is not None:
             link.close(_CLOSE_SECONDS)
@@ -112,6 +114,8 @@ class Session:
             return link, self._map
 
     def _connect(self, deadline: float) -> Link:
+        if self._closed:
+            raise PeerUnavailableError(f"{self.session_id}: given up")
         timeout = deadline - time.monotonic()
         if timeout <= 0:
             raise DeadlineExceededError(f"{self.session_id}: no time left to connect")

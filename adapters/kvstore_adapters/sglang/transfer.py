@@ -315,6 +315,4 @@ class _HostMemory:
                 self._ranges.append((begin, end))
 
     def has(self, address: int, num_bytes: int) -> bool:
-        return any(
-            begin <= address and address + num_bytes <= end for begin, end in self._ranges
-        )
+        return any(begin <= address and address + num_bytes <= end for begin, end in self._ranges)
