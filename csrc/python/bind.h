@@ -13,5 +13,6 @@ void BindIo(pybind11::module_ &m);
 void BindPolicy(pybind11::module_ &m);
 void BindNet(pybind11::module_ &m);
 void BindMove(pybind11::module_ &m);
+void BindBulk(pybind11::module_ &m);
 
 }  // namespace kvstore

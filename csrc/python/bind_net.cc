@@ -20,6 +20,7 @@
 #include "net/echo.h"
 #include "net/server.h"
 #include "python/bind.h"
+#include "python/failures.h"
 
 namespace py = pybind11;
 
@@ -45,7 +46,9 @@ PyObject *protocol_error = nullptr;
     throw py::error_already_set();
 }
 
-[[noreturn]] void RaiseFailure(const ClientFailure &failure) {
+}  // namespace
+
+void RaiseFailure(const ClientFailure &failure) {
     using Kind = ClientFailure::Kind;
     switch (failure.kind) {
         case Kind::kTimeout:
@@ -76,6 +79,8 @@ bool SignalRaised() {
     const py::gil_scoped_acquire locked;
     return PyErr_CheckSignals() != 0;
 }
+
+namespace {
 
 // A class that keeps what it was raised with, in `args` and by name.
 py::object MakeRemoteError() {

@@ -11,4 +11,5 @@ PYBIND11_MODULE(_native, m) {
     kvstore::BindCore(m);
     kvstore::BindNet(m);
     kvstore::BindMove(m);
+    kvstore::BindBulk(m);
 }
