@@ -77,8 +77,10 @@ class Session:
             bad = statuses[statuses != Status.OK]
             if not len(bad):
                 break
-            self._drop(link)
-            if not np.isin(bad, _WORTH_ANOTHER).all() or time.monotonic() >= deadline:
+            # What the peer may still be taking in of the first attempt must not come after the
+            # second, when SGLang may have given the page to another request.
+            is_settled = self._drop(link)
+            if not is_settled or not np.isin(bad, _WORTH_ANOTHER).all():
                 break
             log.info("hand-off to %s: %s; once more", self.session_id, summary(bad))
         return statuses
@@ -133,11 +135,12 @@ class Session:
         )
         return link
 
-    def _drop(self, link: Link) -> None:
+    def _drop(self, link: Link) -> bool:
+        """Whether nothing of its moves is under way any more, here or there."""
         with self._lock:
             if self._link is link:
                 self._link = None
-        link.close(_CLOSE_SECONDS)
+        return link.close(_CLOSE_SECONDS)
 
 
 def _write(link: Link, regions: AddressMap, batch: Batch, deadline: float) -> npt.NDArray[np.uint8]:
