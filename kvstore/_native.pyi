@@ -54,6 +54,11 @@ class CopyPlan:
     def runs(self) -> npt.NDArray[np.int64]:
         """The merged runs, in payload order."""
 
+    @property
+    def addresses(self) -> npt.NDArray[np.uint64]:
+        """Of scattered blocks, where each run of each block begins, (num_blocks, num_runs); else
+        no rows."""
+
 def xxh3(data: Buffer | npt.NDArray[Any]) -> int:
     """XXH3-64 of a contiguous buffer."""
 

@@ -102,7 +102,7 @@ def coerced(name: str, default: Any, value: Any) -> Any:
         if value.lower() in ("0", "false", "no", "off"):
             return False
         raise ConfigError(f"{name}: {value!r} is not true or false")
-    if name in ("chunk", "ssd_write_budget", "peer_bandwidth"):  # sizes, whose default is the number 0
+    if name in ("chunk", "ssd_write_budget", "peer_bandwidth"):  # sizes whose default is 0
         return value
     try:
         return type(default)(value)
@@ -216,3 +216,10 @@ def is_sglang_transfer_chosen(environ: Mapping[str, str] | None = None) -> bool:
 def notify_socket(environ: Mapping[str, str] | None = None) -> str:
     """Return where a service manager waits for "READY=1"; "" for nowhere."""
     return (os.environ if environ is None else environ).get("NOTIFY_SOCKET", "")
+
+
+def cache_directory(environ: Mapping[str, str] | None = None) -> Path:
+    """Return where what can be made again is kept for a user: $XDG_CACHE_HOME, else ~/.cache."""
+    given = (os.environ if environ is None else environ).get("XDG_CACHE_HOME", "")
+    base = Path(given) if given and Path(given).is_absolute() else Path("~/.cache").expanduser()
+    return base / "kvstore"

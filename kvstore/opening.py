@@ -17,6 +17,7 @@ from kvstore.store import Store
 
 if TYPE_CHECKING:
     from kvstore.daemon.server import Server
+    from kvstore.tiers.local import Tiers
 
 
 def open_store(
@@ -48,11 +49,23 @@ def open_store(
     chosen = config if config is not None else load_config(None, None, **settings)
     tiers = Tiers(chosen, name.spec.block_bytes)
     try:
+        if chosen.peer_token:
+            _add_peers(tiers, chosen)
         control = LocalControl(tiers, name, owns_tiers=True)
     except BaseException:
         tiers.close()
         raise
     return Store(control)
+
+
+def _add_peers(tiers: Tiers, config: StoreConfig) -> None:
+    import secrets
+
+    from kvstore.auth import read_secret
+    from kvstore.peers import LatePeers
+
+    secret = read_secret(config.peer_token, "peer_token")
+    tiers.fetches = LatePeers(tiers, secret, epoch=secrets.token_bytes(16))
 
 
 def connect(

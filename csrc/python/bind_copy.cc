@@ -209,6 +209,16 @@ py::array_t<std::int64_t> RunsArray(const CopyPlan &plan) {
     return out;
 }
 
+// Of scattered blocks: (num_blocks, num_runs), else no rows.
+py::array_t<std::uint64_t> AddressesArray(const CopyPlan &plan) {
+    const auto columns = static_cast<py::ssize_t>(plan.runs.size());
+    const auto rows = static_cast<py::ssize_t>(plan.addresses.size()) / columns;
+    py::array_t<std::uint64_t> out({rows, columns});
+    std::uint64_t *to = out.mutable_data();
+    for (std::uint8_t *address : plan.addresses) *to++ = reinterpret_cast<std::uintptr_t>(address);
+    return out;
+}
+
 void Gather(const CopyPlan &plan, const py::object &block_ids, const py::object &addrs,
             const py::object &checksums, int threads) {
     const Call call(plan, block_ids, addrs, threads);
@@ -380,7 +390,8 @@ void BindCopy(py::module_ &m) {
         .def_readonly("num_blocks", &CopyPlan::num_blocks)
         .def_readonly("writable", &CopyPlan::writable)
         .def_property_readonly("num_runs", [](const CopyPlan &plan) { return plan.runs.size(); })
-        .def_property_readonly("runs", &RunsArray);
+        .def_property_readonly("runs", &RunsArray)
+        .def_property_readonly("addresses", &AddressesArray);
     m.def("xxh3", &HashBuffer, py::arg("data"));
     m.def("checksum", &Checksum, py::arg("addr"), py::arg("bytes"));
     m.def("copy_with_checksum", &BindCopyWithChecksum, py::arg("to"), py::arg("from_"),

@@ -27,7 +27,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -54,6 +54,9 @@ from kvstore.errors import ConfigError, IncompatibleError, InUseError, StorageEr
 from kvstore.records import records_from
 from kvstore.tiers.local import Tiers
 from kvstore.tiers.names import Tenant
+
+if TYPE_CHECKING:
+    from kvstore.peers import Peers
 
 log = logging.getLogger(__name__)
 
@@ -141,6 +144,7 @@ class Service:
         undo.callback(self._close_tiers)
         self._keep_arena()
         self._scrubber = Scrubber(self._tiers.core, self._tiers.counters)
+        self._peers = self._start_peers()
         self._history = report.History(self._tiers.stats())
         self._server = Server(
             self._tiers,
@@ -150,6 +154,7 @@ class Service:
             threads=config.io_threads,
             epoch=self.epoch,
             administered=self,
+            offer=self._peers.offer if self._peers else None,
         )
         undo.callback(self._server.close)
         # Whoever is answered may ask for our status, so all that it shows is there by now.
@@ -170,6 +175,18 @@ class Service:
         undo.callback(upkeep.close)
         if config.http:
             self._start_http(environment_token)
+
+    def _start_peers(self) -> Peers | None:
+        config = self.config
+        if not config.peer_token:
+            return None
+        # Here: a daemon without peers has no time to load what they need.
+        from kvstore.peers import Peers
+
+        secret = read_secret(config.peer_token, "peer_token")
+        peers = Peers(self._tiers, secret, epoch=self.epoch, listen=config.peer_host)
+        self._tiers.fetches = peers  # which closes it
+        return peers
 
     def _listening(self, listener: socket.socket) -> socket.socket:
         def close() -> None:

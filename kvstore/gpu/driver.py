@@ -18,7 +18,12 @@ import ctypes
 from ctypes import POINTER, byref, c_char, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_void_p
 from typing import Any, Final
 
+import numpy as np
+import numpy.typing as npt
+
 from kvstore.errors import GpuError
+
+Places = npt.NDArray[np.uint64]
 
 LIBRARY: Final = "libcuda.so.1"
 
@@ -57,7 +62,7 @@ ORDER_ANY: Final = 3
 class IpcHandle(ctypes.Structure):
     """CUipcMemHandle and CUipcEventHandle, which are passed by value."""
 
-    _fields_ = [("reserved", c_char * IPC_HANDLE_BYTES)]  # noqa: RUF012  ctypes asks for a list
+    _fields_ = [("reserved", c_char * IPC_HANDLE_BYTES)]
 
     @classmethod
     def of(cls, data: bytes) -> IpcHandle:
@@ -67,7 +72,7 @@ class IpcHandle(ctypes.Structure):
 class CopyAttributes(ctypes.Structure):
     """CUmemcpyAttributes_v1. The places are hints for managed memory, which we never have."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("source_order", c_int),
         ("source_place", c_int * 2),
         ("destination_place", c_int * 2),
@@ -212,10 +217,9 @@ class Driver:
         return f"{name.value.decode()} ({(text.value or b'').decode()})"
 
     def copy_batch(
-        self, to: int, from_: int, sizes: int, count: int, source_order: int, stream: int
+        self, to: Places, from_: Places, sizes: Places, source_order: int, stream: int
     ) -> None:
-        """Enqueue `count` copies. The first three are addresses of arrays of 64-bit integers, which
-        the driver reads before it returns.
+        """Enqueue copies. The arrays are contiguous; the driver reads them before it returns.
 
         REQUIRES: `has_batch`; `stream` is not the NULL stream.
 
@@ -225,9 +229,10 @@ class Driver:
         assert self._batch is not None
         attributes = CopyAttributes(source_order=source_order)
         first, failed = c_size_t(0), c_size_t(2**64 - 1)
-        code = self._batch(
-            to, from_, sizes, count, byref(attributes), byref(first), 1, byref(failed), stream
-        )
+        count = len(to)
+        pointers = (part.ctypes.data for part in (to, from_, sizes))
+        last = (byref(attributes), byref(first), 1, byref(failed), stream)
+        code = self._batch(*pointers, count, *last)
         if code:
             which = f", copy {failed.value} of {count}" if failed.value < count else ""
             raise CudaCallError(f"cuMemcpyBatchAsync: {self.describe(code)}{which}", code)

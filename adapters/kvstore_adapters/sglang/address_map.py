@@ -57,9 +57,7 @@ class AddressMap:
                 found[row] = holding[0]
         return found
 
-    def split(
-        self, found: npt.NDArray[np.intp], addresses: Addresses
-    ) -> list[Rows]:
+    def split(self, found: npt.NDArray[np.intp], addresses: Addresses) -> list[Rows]:
         """Return the pieces by region, in the order they came. `found`: of `find`, without -1."""
         order = np.argsort(found, kind="stable")
         places, begins = np.unique(found[order], return_index=True)

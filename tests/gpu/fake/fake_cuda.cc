@@ -538,6 +538,7 @@ CUresult CUDAAPI cuEventQuery(CUevent event) {
     RunOne(&null_stream);
     return CUDA_ERROR_NOT_READY;
 }
+#undef cuEventElapsedTime  // the header renames it to what only newer drivers have
 CUresult CUDAAPI cuEventElapsedTime(float *ms, CUevent, CUevent) {
     *ms = 1.0F;
     return CUDA_SUCCESS;
