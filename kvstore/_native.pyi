@@ -521,6 +521,9 @@ class NativeServer:
         tasks_max: int = 4096,
     ) -> None: ...
     def listen(self, fd: int, is_local: bool) -> None: ...
+    def serve(self, fd: int) -> bool:
+        """Serve a connected socket, the server's from now on, as one that came over TCP. False: it
+        has stopped."""
     def next_task(self, timeout: float) -> Task | None: ...
     def add_client(
         self,
@@ -565,6 +568,9 @@ class Connection:
     """
 
     def __init__(self, address: str, timeout: float) -> None: ...
+    @staticmethod
+    def over(fd: int, address: str) -> Connection:
+        """Over a connected socket, which is its own from now on; errors call the peer `address`."""
     def call(self, op: int, body: Buffer, timeout: float) -> bytes: ...
     def map(self, writable: bool, timeout: float) -> tuple[int, int]:
         """A descriptor of the arena, the caller's to close, and the arena's bytes."""
@@ -666,6 +672,9 @@ class EchoServer:
 
     def __init__(self, fd: int) -> None: ...
     def stop(self) -> None: ...
+
+def refusal(header: bytes, status: int, message: bytes) -> bytes | None:
+    """The frame that answers one with this header with an error; None: it is no header of ours."""
 
 def echo_round_trips(
     address: str, request_bytes: int, reply_bytes: int, count: int
