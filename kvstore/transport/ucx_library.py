@@ -1,6 +1,6 @@
 """Where a libucp is looked for, and what each one found can do.
 
-UCX is no part of a build: whatever is on the machine is loaded at run time. In order: the one that is
+UCX is no part of a build: what is on the machine is loaded at run time. In order: the one that is
 named (setting, or $KVSTORE_UCX_LIB), and then no other; the system's, if it was built with verbs;
 the one inside the NIXL wheel, which was; the `libucx-cu1x` wheel, which moves by TCP only; at last
 the system's without verbs. A process loads one.
@@ -125,8 +125,8 @@ def find(given: str = "") -> UcxLibrary:
     found = candidates(given)
     if not found:
         raise IncompatibleError(
-            "ucx: no libucp found (the system's, inside the NIXL wheel, libucx-cu12 or libucx-cu13); "
-            "$KVSTORE_UCX_LIB names one"
+            "ucx: no libucp found: neither the system's, nor one inside the NIXL wheel, nor "
+            "libucx-cu12 or libucx-cu13; $KVSTORE_UCX_LIB names one"
         )
     if found[0].problem:
         raise ConfigError(f"ucx_library: {found[0].path}: {found[0].problem}")
@@ -159,11 +159,11 @@ def probe(library: UcxLibrary) -> UcxReport:
 def _ask(path: str) -> dict[str, object]:
     try:
         context = _native.UcxContext(path, "all", "", 2.0, secrets.token_bytes(32), 1)
-        said = {"version": context.version, "transports": context.transports()}
+        version, transports = context.version, context.transports()
         context.close()
     except RuntimeError as error:
         return {"problem": str(error).removeprefix(f"{path}: ")}
-    return said
+    return {"version": version, "transports": transports}
 
 
 def main(arguments: list[str]) -> None:
