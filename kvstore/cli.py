@@ -19,7 +19,7 @@ from typer.main import get_command
 from kvstore.errors import ConfigError, KVStoreError
 
 ENTRY_POINTS = "kvstore.commands"
-BUILT_IN = {  # name -> "module:function"
+BUILT_IN = {  # name -> "module:function", or "module:app" for a command that has others below it
     "serve": "kvstore.ops.serve:serve",
     "status": "kvstore.ops.status:status",
     "top": "kvstore.ops.top:top",
@@ -27,7 +27,7 @@ BUILT_IN = {  # name -> "module:function"
     "verify": "kvstore.ops.verify:verify",
     "doctor": "kvstore.ops.doctor:doctor",
     "restart": "kvstore.ops.restart:restart",
-    "bench": "kvstore.bench.command:bench",
+    "bench": "kvstore.bench.command:app",
 }
 
 
@@ -76,7 +76,12 @@ class _Commands(TyperGroup):
             raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
 
 
-def _command(name: str, function: Callable[..., Any]) -> Any:
+def _command(name: str, function: Callable[..., Any] | typer.Typer) -> Any:
+    if isinstance(function, typer.Typer):
+        made: Any = get_command(function)
+        for one in (made, *made.commands.values()):
+            _plain(one.params)
+        return made
     alone = typer.Typer(add_completion=False)
     alone.command(name, cls=_Command)(function)
     return get_command(alone)

@@ -102,7 +102,7 @@ def coerced(name: str, default: Any, value: Any) -> Any:
         if value.lower() in ("0", "false", "no", "off"):
             return False
         raise ConfigError(f"{name}: {value!r} is not true or false")
-    if name in ("chunk", "ssd_write_budget", "peer_bandwidth"):  # sizes, whose default is the number 0
+    if name in ("chunk", "ssd_write_budget", "peer_bandwidth"):  # sizes whose default is 0
         return value
     try:
         return type(default)(value)

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal["counter", "gauge", "histogram"]
-# Who counts it: tiers (embedded or a daemon's), the daemon around them, a daemon's client.
-Part = Literal["store", "daemon", "client"]
+# Who counts it: tiers (embedded or a daemon's), the daemon around them, what fetches from other
+# daemons, a daemon's client.
+Part = Literal["store", "daemon", "peer", "client"]
 Series = tuple[tuple[str, str], ...]
 
 MISS_REASONS = (
@@ -292,6 +293,61 @@ DAEMON_METRICS: tuple[Metric, ...] = (
     _listed("kvstore_build_info", "gauge", "1; the version is a label", ("version",), "version"),
 )
 
+# "frames": the payload frames of the control connection, where no mover serves both ends.
+_MOVERS = ("shm", "ucx", "tcp", "frames")
+FETCH_FAILURES = (
+    "damaged",  # blocks that failed their checksum on arrival
+    "refused",  # blocks that the holder's endpoint would not give
+    "lost",  # blocks whose link broke on the way
+    "late",  # blocks that did not come in time
+    "unreachable",  # times that a holder did not answer, or refused us
+    "absent",  # times that a holder had none of the blocks
+    "no_space",  # times that no slot of the cpu tier could be freed for more
+    "busy",  # fetches not begun: too many wait
+)
+
+PEER_METRICS: tuple[Metric, ...] = (
+    Metric("kvstore_peer_fetches_total", "counter", "fetches asked for", part="peer"),
+    Metric(
+        "kvstore_peer_fetches_joined_total",
+        "counter",
+        "times that one waited for blocks that another had on their way",
+        part="peer",
+    ),
+    Metric(
+        "kvstore_peer_fetched_blocks_total",
+        "counter",
+        "blocks that came whole from other daemons, by what moved them",
+        part="peer",
+        labels=("mover",),
+        series=tuple((name, f"kvstore_peer_fetched_{name}_blocks_total") for name in _MOVERS),
+    ),
+    Metric(
+        "kvstore_peer_fetched_bytes_total",
+        "counter",
+        "their bytes",
+        part="peer",
+        labels=("mover",),
+        series=tuple((name, f"kvstore_peer_fetched_{name}_bytes_total") for name in _MOVERS),
+    ),
+    Metric(
+        "kvstore_peer_failures_total",
+        "counter",
+        "what failed at a holder, in blocks (damaged, refused, lost, late), else in times; it may "
+        "have gone well at another holder",
+        part="peer",
+        labels=("reason",),
+        series=tuple((why, f"kvstore_peer_failures_{why}_total") for why in FETCH_FAILURES),
+    ),
+    Metric(
+        "kvstore_peer_quarantined_bytes",
+        "gauge",
+        "slots set aside: a link that broke may still write to them",
+        part="peer",
+    ),
+    Metric("kvstore_peer_sessions", "gauge", "connected to other daemons as a peer", part="peer"),
+)
+
 CLIENT_METRICS: tuple[Metric, ...] = (
     Metric(
         "kvstore_unavailable_calls_total",
@@ -302,7 +358,7 @@ CLIENT_METRICS: tuple[Metric, ...] = (
     Metric("kvstore_reconnects_total", "counter", "times the daemon came back", part="client"),
 )
 
-METRICS = STORE_METRICS + DAEMON_METRICS + CLIENT_METRICS
+METRICS = STORE_METRICS + DAEMON_METRICS + PEER_METRICS + CLIENT_METRICS
 
 
 _PREFIX, _SUFFIX = "kvstore_", "_total"
@@ -385,6 +441,7 @@ def metrics_page() -> str:
     for title, metrics in (
         ("Of the tiers, embedded or in a daemon", STORE_METRICS),
         ("Of a daemon", DAEMON_METRICS),
+        ("Of fetches from other daemons, where there is a `peer_token`", PEER_METRICS),
         ("Of a client, in its own `stats()` only", CLIENT_METRICS),
     ):
         lines += ["", f"## {title}", "", "| name | kind | labels | what | keys in `stats()` |"]

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvstore.block import BlockSpec, Namespace
+from kvstore.certificates import TlsFiles
 from kvstore.config import StoreConfig, load_config
 from kvstore.errors import ConfigError
 from kvstore.store import Store
 
 if TYPE_CHECKING:
     from kvstore.daemon.server import Server
+    from kvstore.tiers.local import Tiers
 
 
 def open_store(
@@ -47,11 +49,23 @@ def open_store(
     chosen = config if config is not None else load_config(None, None, **settings)
     tiers = Tiers(chosen, name.spec.block_bytes)
     try:
+        if chosen.peer_token:
+            _add_peers(tiers, chosen)
         control = LocalControl(tiers, name, owns_tiers=True)
     except BaseException:
         tiers.close()
         raise
     return Store(control)
+
+
+def _add_peers(tiers: Tiers, config: StoreConfig) -> None:
+    import secrets
+
+    from kvstore.auth import read_secret
+    from kvstore.peers import LatePeers
+
+    secret = read_secret(config.peer_token, "peer_token")
+    tiers.fetches = LatePeers(tiers, secret, epoch=secrets.token_bytes(16))
 
 
 def connect(
@@ -63,6 +77,7 @@ def connect(
     token: str | Path | None = None,
     tenant: str = "",
     required: bool = True,
+    tls: TlsFiles | None = None,
 ) -> Store:
     """Connect to the store that a daemon keeps, or that another process shares.
 
@@ -72,13 +87,14 @@ def connect(
     is logged, and goes on to mean misses.
 
     Args:
-        address: "unix:/path/to.sock", or "tcp:host:port".
+        address: "unix:/path/to.sock", "tcp:host:port", or "tls:host:port".
         namespace, spec: as for `kvstore.open`.
         timeout: seconds that the daemon has to answer a call, on top of what the call itself asks
             it to wait for.
         token: the tenant's secret, or the `Path` of a file with mode 0600 that holds it.
         tenant: whose blocks these are, where the daemon knows tenants.
         required: whether the daemon must be there now.
+        tls: whom to trust, and our own certificate; for "tls:host:port" only.
 
     Raises:
         PeerUnavailableError, DeadlineExceededError: nobody listens or answers there, and that is
@@ -93,7 +109,7 @@ def connect(
     if not 0 < timeout < float("inf"):
         raise ConfigError(f"timeout: {timeout} is no number of seconds above 0")
     name = Namespace.of(namespace, spec)
-    target = Target.of(address, name, tenant, token)
+    target = Target.of(address, name, tenant, token, tls)
     control = RemoteControl(target, timeout, required=required)
     return Store(control, call_seconds=timeout)
 

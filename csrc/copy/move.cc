@@ -38,6 +38,11 @@ bool Copied(const Move &move, std::size_t i) {
     return stream.Finish(piece.from + piece.bytes - kStripeBytes) == move.sums[i];
 }
 
+std::size_t GrainOf(std::uint64_t total, std::size_t n) {
+    const std::uint64_t mean = std::max<std::uint64_t>(1, total / n);
+    return static_cast<std::size_t>(std::max<std::uint64_t>(1, kGrainBytes / mean));
+}
+
 void MoveOne(const Move &move, std::size_t i) {
     PieceStatus &status = move.statuses[i];
     if (move.cancelled != nullptr && move.cancelled->is_set()) {
@@ -64,10 +69,24 @@ void MovePieces(const Piece *pieces, const std::uint64_t *sums, PieceStatus *sta
         for (std::size_t i = begin; i < end; ++i) MoveOne(mine, i);
         if (mine.mode == StoreMode::kStreaming) StreamFence();
     };
-    const std::uint64_t mean = std::max<std::uint64_t>(1, total / n);
-    const std::size_t grain =
-        static_cast<std::size_t>(std::max<std::uint64_t>(1, kGrainBytes / mean));
-    ParallelFor(n, grain, total < kParallelBytes ? 1 : threads, body, &move);
+    ParallelFor(n, GrainOf(total, n), total < kParallelBytes ? 1 : threads, body, &move);
+}
+
+void ChecksumPieces(const Piece *pieces, std::uint64_t *sums, std::size_t n, int threads) {
+    if (n == 0) return;
+    std::uint64_t total = 0;
+    for (std::size_t i = 0; i < n; ++i) total += pieces[i].bytes;
+    struct Sums {
+        const Piece *pieces;
+        std::uint64_t *sums;
+    } all{pieces, sums};
+    const auto body = [](void *context, std::size_t begin, std::size_t end) {
+        const Sums &mine = *static_cast<const Sums *>(context);
+        for (std::size_t i = begin; i < end; ++i) {
+            mine.sums[i] = Xxh3(mine.pieces[i].from, mine.pieces[i].bytes);
+        }
+    };
+    ParallelFor(n, GrainOf(total, n), total < kParallelBytes ? 1 : threads, body, &all);
 }
 
 }  // namespace kvstore

@@ -33,4 +33,7 @@ struct Piece {
 void MovePieces(const Piece *pieces, const std::uint64_t *sums, PieceStatus *statuses,
                 std::size_t n, int threads, const CancelFlag *cancelled, std::int64_t deadline_ns);
 
+// Writes the XXH3-64 of each `from`; `to` is not looked at.
+void ChecksumPieces(const Piece *pieces, std::uint64_t *sums, std::size_t n, int threads);
+
 }  // namespace kvstore

@@ -2,6 +2,7 @@
 
 #include <bit>
 #include <cstring>
+#include <vector>
 
 #include "core/hash_dispatch.h"
 
@@ -151,6 +152,24 @@ void Sha256(Sha256Compress compress, const std::uint8_t *data, std::size_t num_b
     for (int i = 0; i < 32; ++i) {
         out[i] = static_cast<std::uint8_t>(state[i / 4] >> (24 - 8 * (i % 4)));
     }
+}
+
+void HmacSha256(const std::uint8_t *key, std::size_t key_bytes, const std::uint8_t *message,
+                std::size_t message_bytes, std::uint8_t out[32]) {
+    const Sha256Compress compress = PickSha256Compress();
+    std::uint8_t padded[kBlockBytes] = {};
+    if (key_bytes > kBlockBytes) {
+        Sha256(compress, key, key_bytes, padded);
+    } else if (key_bytes > 0) {
+        std::memcpy(padded, key, key_bytes);
+    }
+    std::vector<std::uint8_t> inner(kBlockBytes + message_bytes);
+    for (std::size_t i = 0; i < kBlockBytes; ++i) inner[i] = padded[i] ^ 0x36;
+    if (message_bytes > 0) std::memcpy(inner.data() + kBlockBytes, message, message_bytes);
+    std::uint8_t outer[kBlockBytes + 32];
+    for (std::size_t i = 0; i < kBlockBytes; ++i) outer[i] = padded[i] ^ 0x5C;
+    Sha256(compress, inner.data(), inner.size(), outer + kBlockBytes);
+    Sha256(compress, outer, sizeof(outer), out);
 }
 
 }  // namespace kvstore

@@ -19,4 +19,8 @@ Sha256Compress PickSha256Compress();
 void Sha256(Sha256Compress compress, const std::uint8_t *data, std::size_t num_bytes,
             std::uint8_t out[32]);
 
+// out = HMAC-SHA-256 of the message under the key (RFC 2104).
+void HmacSha256(const std::uint8_t *key, std::size_t key_bytes, const std::uint8_t *message,
+                std::size_t message_bytes, std::uint8_t out[32]);
+
 }  // namespace kvstore

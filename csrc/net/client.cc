@@ -1,9 +1,7 @@
 #include "net/client.h"
 
-#include <netdb.h>
 #include <poll.h>
 #include <sys/socket.h>
-#include <sys/un.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -50,18 +48,6 @@ void Advance(std::vector<iovec> *parts, std::size_t *first, std::size_t bytes) {
     }
 }
 
-timeval AsTimeval(std::int64_t ns) {
-    timeval value{};
-    ns = std::max<std::int64_t>(ns, 1000);  // 0 would be without end
-    value.tv_sec = ns / 1'000'000'000;
-    value.tv_usec = ns % 1'000'000'000 / 1000;
-    return value;
-}
-
-struct FreeAddresses {
-    void operator()(addrinfo *list) const { freeaddrinfo(list); }
-};
-
 }  // namespace
 
 ClientConnection::Lock::Lock(ClientConnection &connection) : connection_(connection) {
@@ -79,7 +65,12 @@ ClientConnection::ClientConnection(const std::string &address, double timeout_se
                                    InterruptedHook interrupted)
     : address_(address), interrupted_(interrupted) {
     deadline_ns_ = DeadlineAfter(SteadyNowNs(), timeout_seconds);
-    Connect(address, timeout_seconds);
+    fd_.store(Dial(address, deadline_ns_, timeout_seconds, interrupted));
+}
+
+ClientConnection::ClientConnection(int fd, const std::string &address, InterruptedHook interrupted)
+    : address_(address), interrupted_(interrupted) {
+    fd_.store(fd);
 }
 
 ClientConnection::~ClientConnection() { Close(); }
@@ -106,66 +97,6 @@ void ClientConnection::CloseFd() {
 void ClientConnection::Fail(Kind kind, const std::string &what) {
     CloseFd();
     throw ClientFailure(kind, address_ + ": " + what);
-}
-
-void ClientConnection::Connect(const std::string &address, double timeout_seconds) {
-    const auto attempt = [&](int family, const sockaddr *to, socklen_t size) {
-        const int fd = socket(family, SOCK_STREAM | SOCK_CLOEXEC, 0);
-        if (fd < 0) Fail(Kind::kConnection, std::strerror(errno));
-        fd_.store(fd);
-        ConfigureSocket(fd, family == AF_UNIX);
-        int result;
-        do {
-            // Bounds a connect too, also one that waits for room in the peer's backlog.
-            const timeval left = AsTimeval(deadline_ns_ - SteadyNowNs());
-            setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &left, sizeof(left));
-            result = connect(fd, to, size);
-            if (result != 0 && errno == EINTR && interrupted_ != nullptr && interrupted_()) {
-                Fail(Kind::kInterrupted, "interrupted");
-            }
-        } while (result != 0 && errno == EINTR && SteadyNowNs() < deadline_ns_);
-        return result == 0;
-    };
-    const auto fail = [&] {
-        const bool late = errno == EAGAIN || errno == EINPROGRESS || errno == ETIMEDOUT ||
-                          errno == EINTR || errno == EALREADY;
-        if (late) {
-            Fail(Kind::kTimeout, "no connection within " + std::to_string(timeout_seconds) + " s");
-        }
-        Fail(Kind::kConnection, std::strerror(errno));
-    };
-    if (address.rfind("unix:", 0) == 0) {
-        const std::string path = address.substr(5);
-        sockaddr_un to{};
-        to.sun_family = AF_UNIX;
-        if (path.empty() || path.size() >= sizeof(to.sun_path)) {
-            throw std::invalid_argument("address: the path of " + address +
-                                        " is empty or too long for a socket");
-        }
-        std::memcpy(to.sun_path, path.data(), path.size());
-        if (!attempt(AF_UNIX, reinterpret_cast<const sockaddr *>(&to), sizeof(to))) fail();
-        return;
-    }
-    const std::size_t colon = address.rfind(':');
-    if (address.rfind("tcp:", 0) != 0 || colon <= 4 || colon + 1 >= address.size()) {
-        throw std::invalid_argument("address: " + address +
-                                    " is neither unix:/path nor tcp:host:port");
-    }
-    std::string host = address.substr(4, colon - 4);
-    if (host.size() > 2 && host.front() == '[' && host.back() == ']') {
-        host = host.substr(1, host.size() - 2);
-    }
-    addrinfo hints{};
-    hints.ai_socktype = SOCK_STREAM;
-    addrinfo *found = nullptr;
-    const int failed = getaddrinfo(host.c_str(), address.c_str() + colon + 1, &hints, &found);
-    if (failed != 0) Fail(Kind::kConnection, gai_strerror(failed));
-    const std::unique_ptr<addrinfo, FreeAddresses> list(found);
-    for (const addrinfo *each = found; each != nullptr; each = each->ai_next) {
-        if (attempt(each->ai_family, each->ai_addr, each->ai_addrlen)) return;
-        if (each->ai_next == nullptr || SteadyNowNs() >= deadline_ns_) fail();
-        CloseFd();
-    }
 }
 
 // --- calls

@@ -13,40 +13,23 @@
 #include <cstddef>
 #include <cstdint>
 #include <mutex>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "net/buffer.h"
+#include "net/dial.h"
 #include "net/frame.h"
 
 namespace kvstore {
 
-class ClientFailure : public std::runtime_error {
-public:
-    enum class Kind {
-        kTimeout,
-        kConnection,   // gone, or closed
-        kProtocol,     // bytes that are no frame of ours
-        kRemote,       // a reply with a status; the connection goes on
-        kInterrupted,  // the hook said so
-        kBusy,         // another thread is in a call
-    };
-    ClientFailure(Kind kind, const std::string &message, int status = 0)
-        : std::runtime_error(message), kind(kind), status(status) {}
-    const Kind kind;
-    const int status;  // of kRemote
-};
-
 class ClientConnection {
 public:
-    // Called after a signal came; true ends the call.
-    using InterruptedHook = bool (*)();
-
     // `address`: "unix:/path", or "tcp:host:port" with [] around an IPv6 address.
     // Throws ClientFailure: kTimeout, kConnection; std::invalid_argument for another address.
     ClientConnection(const std::string &address, double timeout_seconds,
                      InterruptedHook interrupted);
+    // Over a connected socket, which is now its own; errors call the peer `address`.
+    ClientConnection(int fd, const std::string &address, InterruptedHook interrupted);
     ~ClientConnection();
     ClientConnection(const ClientConnection &) = delete;
     ClientConnection &operator=(const ClientConnection &) = delete;
@@ -80,7 +63,6 @@ public:
     void Close();
 
 private:
-    void Connect(const std::string &address, double timeout_seconds);
     void Begin(std::uint8_t op, std::vector<iovec> *parts, double timeout_seconds);
     void Send(std::vector<iovec> *parts);
     std::size_t Receive(iovec *parts, std::size_t n, int *fd);

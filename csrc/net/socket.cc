@@ -5,6 +5,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstring>
 
 namespace kvstore {
@@ -66,6 +67,14 @@ void ConfigureSocket(int fd, bool is_local) {
     SetOption(fd, IPPROTO_TCP, TCP_KEEPINTVL, 5);
     SetOption(fd, IPPROTO_TCP, TCP_KEEPCNT, 4);
     SetOption(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, 30'000);
+}
+
+timeval AsTimeval(std::int64_t ns) {
+    timeval value{};
+    ns = std::max<std::int64_t>(ns, 1000);  // 0 would be without end
+    value.tv_sec = ns / 1'000'000'000;
+    value.tv_usec = ns % 1'000'000'000 / 1000;
+    return value;
 }
 
 void PeerCredentials(int fd, int *uid, int *pid) {

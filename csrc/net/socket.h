@@ -1,9 +1,11 @@
 // Sockets of the server: what differs between Unix and TCP ones, and a Channel over one.
 #pragma once
 
+#include <sys/time.h>
 #include <sys/uio.h>
 
 #include <cstddef>
+#include <cstdint>
 
 #include "net/connection.h"
 
@@ -28,6 +30,9 @@ private:
 // Sets what a new connection needs, of either side: large buffers, no delay, and over TCP an end
 // to connections whose host is gone.
 void ConfigureSocket(int fd, bool is_local);
+
+// For SO_SNDTIMEO and SO_RCVTIMEO: never without end.
+timeval AsTimeval(std::int64_t ns);
 
 // Sends a descriptor with the first byte of `parts`.
 ssize_t SendWithFd(int socket, const iovec *parts, std::size_t n, int fd);

@@ -29,6 +29,12 @@ void CheckLength(const char *name, const U64Array &array, py::ssize_t n) {
     }
 }
 
+void CheckThreads(int threads) {
+    if (threads < 1 || threads > kThreadsMax) {
+        throw py::value_error("threads must be from 1 to " + std::to_string(kThreadsMax));
+    }
+}
+
 py::array_t<std::uint8_t> Move(const U64Array &to, const U64Array &from, const U64Array &lengths,
                                const std::optional<U64Array> &checksums, int threads,
                                double timeout, const CancelFlag *cancel) {
@@ -37,9 +43,7 @@ py::array_t<std::uint8_t> Move(const U64Array &to, const U64Array &from, const U
     CheckLength("to", to, n);
     CheckLength("from_", from, n);
     if (checksums.has_value()) CheckLength("checksums", *checksums, n);
-    if (threads < 1 || threads > kThreadsMax) {
-        throw py::value_error("threads must be from 1 to " + std::to_string(kThreadsMax));
-    }
+    CheckThreads(threads);
     if (std::isnan(timeout)) throw py::value_error("timeout must be a number of seconds");
     const double seconds = std::min(std::max(timeout, 0.0), kSecondsMax);
     const std::int64_t deadline_ns = SteadyNowNs() + static_cast<std::int64_t>(seconds * 1e9);
@@ -61,6 +65,29 @@ py::array_t<std::uint8_t> Move(const U64Array &to, const U64Array &from, const U
     return statuses;
 }
 
+py::array_t<std::uint64_t> Checksums(const U64Array &addresses, const U64Array &lengths,
+                                     int threads) {
+    if (lengths.ndim() != 1) throw py::value_error("lengths must have one dimension");
+    const py::ssize_t n = lengths.shape(0);
+    CheckLength("addresses", addresses, n);
+    CheckThreads(threads);
+    std::vector<Piece> pieces(static_cast<std::size_t>(n));
+    for (std::size_t i = 0; i < pieces.size(); ++i) {
+        pieces[i] = {nullptr, reinterpret_cast<const std::uint8_t *>(addresses.data()[i]),
+                     lengths.data()[i]};
+        if (addresses.data()[i] == 0 && pieces[i].bytes > 0) {
+            throw py::value_error("addresses must not be null");
+        }
+    }
+    py::array_t<std::uint64_t> sums(n);
+    std::uint64_t *out = sums.mutable_data();
+    {
+        const py::gil_scoped_release released;
+        ChecksumPieces(pieces.data(), out, pieces.size(), threads);
+    }
+    return sums;
+}
+
 }  // namespace
 
 void BindMove(py::module_ &m) {
@@ -71,6 +98,7 @@ void BindMove(py::module_ &m) {
         .def("is_set", &CancelFlag::is_set);
     m.def("move_pieces", &Move, "to"_a, "from_"_a, "lengths"_a, "checksums"_a, "threads"_a,
           "timeout"_a, "cancel"_a = nullptr);
+    m.def("checksum_pieces", &Checksums, "addresses"_a, "lengths"_a, "threads"_a);
 }
 
 }  // namespace kvstore

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from kvstore.bench import daemon, dram, prefix, ssd
+from kvstore.bench import daemon, dram, prefix, ssd, transport
 from kvstore.bench.report import Figure, Report
 from kvstore.bench.timing import Scale
 from kvstore.errors import ConfigError
@@ -106,7 +106,8 @@ def _check_names(only: Sequence[str], known: Sequence[str]) -> None:
         raise ConfigError(f"only: {unknown[0]!r} is not one of {', '.join(known)}")
 
 
-def bench(
+def bench(  # noqa: PLR0913, PLR0917 (one for each option)
+    context: typer.Context,
     only: Annotated[
         list[str] | None,
         typer.Option(
@@ -145,6 +146,8 @@ def bench(
 
     With --connect or --daemon: what a daemon does for its clients.
     """
+    if context.invoked_subcommand is not None:
+        return
     names = [name for text in only or () for name in text.split(",") if name]
     console = Console(stderr=True)
     with contextlib.ExitStack() as stack:
@@ -160,3 +163,8 @@ def bench(
         else:
             figures = run(names, directory, quick, progress)
     Report(figures, quick).show(as_json=as_json, as_markdown=as_markdown)
+
+
+app = typer.Typer(add_completion=False)
+app.callback(invoke_without_command=True)(bench)
+app.command("transport")(transport.transport)

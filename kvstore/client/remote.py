@@ -235,9 +235,7 @@ class RemoteControl:
                 _log.warning("%s: nothing comes from holders: %s", self._target.address, error)
         return 0
 
-    def prefetch(
-        self, hashes: BlockHashes, holders: Sequence[str] = ()
-    ) -> Future[TransferResult]:
+    def prefetch(self, hashes: BlockHashes, holders: Sequence[str] = ()) -> Future[TransferResult]:
         self.require_open()
 
         def fetch() -> TransferResult:

@@ -20,19 +20,21 @@ import secrets
 import select
 import signal
 import socket
+import ssl
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from kvstore import _native, tracing
 from kvstore.address import tcp_address
 from kvstore.auth import private_directory, read_secret
+from kvstore.certificates import TlsFiles
 from kvstore.config import DaemonConfig, parse_bytes
 from kvstore.config_sources import fallback_directory, notify_socket
 from kvstore.daemon import report
@@ -52,6 +54,9 @@ from kvstore.errors import ConfigError, IncompatibleError, InUseError, StorageEr
 from kvstore.records import records_from
 from kvstore.tiers.local import Tiers
 from kvstore.tiers.names import Tenant
+
+if TYPE_CHECKING:
+    from kvstore.peers import Peers
 
 log = logging.getLogger(__name__)
 
@@ -132,12 +137,14 @@ class Service:
         listeners = [self._listening(listen_unix(config.socket_path, mode))]
         if config.tcp:
             listeners.append(self._listening(listen_tcp(*tcp_address(config.tcp))))
+        tls = _tls(config)
         self._holding = Holding(directory, config.hold_seconds)
         undo.callback(self._holding.close, 2.0)
         self._tiers = self._open_tiers(adopt)
         undo.callback(self._close_tiers)
         self._keep_arena()
         self._scrubber = Scrubber(self._tiers.core, self._tiers.counters)
+        self._peers = self._start_peers()
         self._history = report.History(self._tiers.stats())
         self._server = Server(
             self._tiers,
@@ -147,13 +154,15 @@ class Service:
             threads=config.io_threads,
             epoch=self.epoch,
             administered=self,
+            offer=self._peers.offer if self._peers else None,
         )
         undo.callback(self._server.close)
         # Whoever is answered may ask for our status, so all that it shows is there by now.
-        self.addresses = [address_of(listener) for listener in listeners]
+        self.addresses = [address_of(listener, is_tls=tls is not None) for listener in listeners]
         self.state = "serving"
         for listener in listeners:
-            self._server.listen(listener)
+            is_unix = listener.family == socket.AF_UNIX
+            self._server.listen(listener, None if is_unix else tls)
         each_second: list[Callable[[], object]] = [
             self._holding.check,
             self._tiers.core.expire_leases,
@@ -166,6 +175,18 @@ class Service:
         undo.callback(upkeep.close)
         if config.http:
             self._start_http(environment_token)
+
+    def _start_peers(self) -> Peers | None:
+        config = self.config
+        if not config.peer_token:
+            return None
+        # Here: a daemon without peers has no time to load what they need.
+        from kvstore.peers import Peers
+
+        secret = read_secret(config.peer_token, "peer_token")
+        peers = Peers(self._tiers, secret, epoch=self.epoch, listen=config.peer_host)
+        self._tiers.fetches = peers  # which closes it
+        return peers
 
     def _listening(self, listener: socket.socket) -> socket.socket:
         def close() -> None:
@@ -520,3 +541,10 @@ def _block(row: np.void) -> dict[str, Any]:
 def _shown(client: Mapping[str, Any]) -> dict[str, Any]:
     address = client.get("address") or ("unix" if client["uid"] >= 0 else "tcp")
     return {**client, "address": address}
+
+
+def _tls(config: DaemonConfig) -> ssl.SSLContext | None:
+    """Return what `tcp` encrypts by; None: it does not."""
+    if not config.tls_cert:
+        return None
+    return TlsFiles(config.tls_ca, config.tls_cert, config.tls_key).server_context()

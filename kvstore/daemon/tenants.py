@@ -142,9 +142,8 @@ class Tenants:
             raise PeerUnavailableError("no proof was asked for")
         is_right = is_proof(proof, "client", asked.secret or self._decoy, asked.body, asked.nonce)
         if asked.secret is None or not is_right:
-            raise PeerUnavailableError(
-                "the token is not the peers'" if asked.hello.peer else "the token is not the tenant's"
-            )
+            whose = "the peers'" if asked.hello.peer else "the tenant's"
+            raise PeerUnavailableError(f"the token is not {whose}")
         hello = asked.hello
         may_administer = hello.tenant == DEFAULT and not hello.peer
         if hello.peer and hello.tenant != DEFAULT and hello.tenant not in self._tenants:

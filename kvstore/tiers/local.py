@@ -480,17 +480,13 @@ class LocalControl:
                 self._note_used(hashes[:loaded])
         return loaded, is_all
 
-    def prefetch(
-        self, hashes: BlockHashes, holders: Sequence[str] = ()
-    ) -> Future[TransferResult]:
+    def prefetch(self, hashes: BlockHashes, holders: Sequence[str] = ()) -> Future[TransferResult]:
         available = self.match(hashes)
         if holders and available < len(hashes):
             return self._prefetch_from(hashes, holders)
         return self._tiers.prefetch(self._id, hashes[:available])
 
-    def _prefetch_from(
-        self, hashes: BlockHashes, holders: Sequence[str]
-    ) -> Future[TransferResult]:
+    def _prefetch_from(self, hashes: BlockHashes, holders: Sequence[str]) -> Future[TransferResult]:
         done: Future[TransferResult] = Future()
 
         def finish(fetched: Future[int]) -> None:

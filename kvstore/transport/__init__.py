@@ -4,7 +4,7 @@ from kvstore.transport.choice import MOVERS, Choice, choices
 from kvstore.transport.endpoint import Endpoint, Link, Move
 from kvstore.transport.memory import SharedMemory
 from kvstore.transport.settings import TransportSettings
-from kvstore.transport.types import Batch, EndpointInfo, Region, RegionInfo, Status
+from kvstore.transport.types import Batch, EndpointInfo, Region, RegionInfo, Status, checksums_of
 
 __all__ = [
     "MOVERS",
@@ -19,5 +19,6 @@ __all__ = [
     "SharedMemory",
     "Status",
     "TransportSettings",
+    "checksums_of",
     "choices",
 ]

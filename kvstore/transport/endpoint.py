@@ -46,7 +46,9 @@ from kvstore.transport.types import (
     EndpointInfo,
     Region,
     RegionInfo,
+    Status,
     Statuses,
+    all_of,
 )
 
 _CLOSE_SECONDS = 5.0
@@ -331,11 +333,14 @@ def _make(name: str, settings: TransportSettings, secret: bytes, epoch: int) -> 
 class Move:
     """A move under way in the background."""
 
-    __slots__ = ("_cancel", "_future")
+    __slots__ = ("_cancel", "_count", "_future")
 
-    def __init__(self, future: concurrent.futures.Future[Statuses], cancel: CancelFlag) -> None:
+    def __init__(
+        self, future: concurrent.futures.Future[Statuses], cancel: CancelFlag, count: int
+    ) -> None:
         self._future = future
         self._cancel = cancel
+        self._count = count
 
     def done(self) -> bool:
         return self._future.done()
@@ -348,8 +353,14 @@ class Move:
         """
         try:
             return self._future.result(timeout)
+        except concurrent.futures.CancelledError:  # the link was closed before it began
+            return all_of(Status.CANCELLED, self._count)
         except concurrent.futures.TimeoutError:
             raise DeadlineExceededError(f"move not done after {timeout} s") from None
+
+    def when_done(self, call: Callable[[], None]) -> None:
+        """Call this when it is done, at once if it is: from any thread, and it must not block."""
+        self._future.add_done_callback(lambda _: call())
 
     def cancel(self) -> None:
         """End it soon. Local memory is its own until `wait` returned and, where it is not settled
@@ -442,7 +453,7 @@ class Link:
             if self._pool is None:
                 self._pool = concurrent.futures.ThreadPoolExecutor(_THREADS, f"link-{self.mover}")
             future = self._pool.submit(method, region_id, batch, timeout=timeout, cancel=cancel)
-        return Move(future, cancel)
+        return Move(future, cancel, len(batch))
 
     def close(self, timeout: float = _CLOSE_SECONDS) -> bool:
         """End it. True: settled, that is, nobody writes into our memory for it any more."""

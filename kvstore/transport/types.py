@@ -13,11 +13,13 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from kvstore import _native
 from kvstore.errors import ConfigError, IncompatibleError
 
 VERSION = 1
 INFO_BYTES_MAX = 16 << 20
 SECRET_BYTES = 32
+_CHECKSUM_THREADS = 2
 
 Statuses: TypeAlias = npt.NDArray[np.uint8]
 U64s: TypeAlias = npt.NDArray[np.uint64]
@@ -86,7 +88,7 @@ class EndpointInfo(msgspec.Struct, frozen=True):
             if found != VERSION:
                 raise IncompatibleError(f"endpoint: version {found}; this is version {VERSION}")
             return _decoder.decode(data)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise IncompatibleError(f"endpoint: not a description of one: {error}") from error
 
 
@@ -161,3 +163,8 @@ def _u64s(name: str, values: Any, count: int | None) -> U64s:
 
 def all_of(status: Status, count: int) -> Statuses:
     return np.full(count, status, np.uint8)
+
+
+def checksums_of(addresses: U64s, lengths: U64s) -> U64s:
+    """Return the checksum that each of these pieces of our memory must have where it arrives."""
+    return _native.checksum_pieces(addresses, lengths, _CHECKSUM_THREADS)

@@ -35,7 +35,12 @@ from kvstore_adapters.reference.scheduler import (  # noqa: E402
     WorkerSettings,
 )
 from kvstore_adapters.reference.scheduler import Sequence as Running  # noqa: E402
-from kvstore_adapters.reference.transfer import BlockSave, NoTransfer, PendingLoad  # noqa: E402
+from kvstore_adapters.reference.transfer import (  # noqa: E402
+    BlockSave,
+    NoTransfer,
+    PendingLoad,
+    WholeLoad,
+)
 from kvstore_adapters.reference.worker import (  # noqa: E402
     FinishReason,
     Output,
@@ -58,7 +63,7 @@ def model() -> checkpoint.Checkpoint:
     return checkpoint.make_random(size="nano", seed=1)
 
 
-class Load:
+class Load(WholeLoad):
     """Done after `polls` calls of done(), or once it is waited for."""
 
     def __init__(self, transfer: DictTransfer, names: list[bytes], pages: list[int]) -> None:
@@ -94,10 +99,13 @@ class DictTransfer:
         self._saves: list[tuple[bytes, int, Any]] | None = None
         self._next_layer = 0
 
-    def attach(self, pool: Any) -> None:
+    def attach(self, pool: Any, pages: PagePool) -> None:
         self.pool = pool
 
-    def match(self, token_ids: Sequence[int], blocks_max: int) -> int:
+    def poll(self) -> None:
+        pass
+
+    def match(self, request_id: str, token_ids: Sequence[int], blocks_max: int) -> int:
         names = self._names(token_ids)[:blocks_max]
         return sum(1 for _ in itertools.takewhile(self.blocks.__contains__, names))
 
@@ -132,6 +140,9 @@ class DictTransfer:
         assert self._next_layer == self.pool.shape[1]
         for name, _, block in self._saves:
             assert torch.equal(block, self.blocks.setdefault(name, block)), "same prefix, other KV"
+        self._saves = None
+
+    def abort_save(self) -> None:
         self._saves = None
 
     @staticmethod
@@ -448,13 +459,13 @@ class ChanceTransfer(NoTransfer):
     def __init__(self, chance: random.Random) -> None:
         self._chance = chance
 
-    def match(self, token_ids: Sequence[int], blocks_max: int) -> int:
+    def match(self, request_id: str, token_ids: Sequence[int], blocks_max: int) -> int:
         return self._chance.randint(0, blocks_max)
 
     def load(self, request_id: str, token_ids: Sequence[int], pages: Sequence[int]) -> PendingLoad:
         chance, count = self._chance, len(pages)
 
-        class Load:
+        class Load(WholeLoad):
             def done(self) -> bool:
                 return chance.random() < 0.5
 

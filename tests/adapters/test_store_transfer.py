@@ -214,9 +214,9 @@ def test_zeroed_kv_changes_the_tokens(
     assert generate(model, StoreTransfer(store), PROMPTS) == expected
 
     class Attaching(StoreTransfer):
-        def attach(self, pool: Any) -> None:
+        def attach(self, pool: Any, pages: Any) -> None:
             zeroing.pool = pool
-            super().attach(pool)
+            super().attach(pool, pages)
 
     zeroing: Any = Zeroing(store)
     tokens = generate(model, Attaching(zeroing), PROMPTS)
@@ -250,10 +250,10 @@ def test_a_lost_store_is_left_alone_for_a_while(
     transfer = StoreTransfer(store, clock=lambda: now)
     ReferenceWorker(model, CAPACITY, transfer)
     store.close()
-    assert [transfer.match(PREFIX, 3) for _ in range(4)] == [0, 0, 0, 0]
+    assert [transfer.match("a", PREFIX, 3) for _ in range(4)] == [0, 0, 0, 0]
     assert transfer.counters.errors == 1
     now += RETRY_SECONDS
-    assert transfer.match(PREFIX, 3) == 0
+    assert transfer.match("a", PREFIX, 3) == 0
     assert transfer.counters.errors == 2
 
 

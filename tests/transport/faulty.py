@@ -101,12 +101,12 @@ class FaultyLink:
             if faults.reorder:
                 faults.random.shuffle(order)
             dropped = [i for i in order if faults.random.random() < faults.drop]
-            flipped = {i for i in order if faults.random.random() < faults.corrupt}
+            kept = [i for i in order if i not in dropped]
+            flipped = {i for i in kept if faults.random.random() < faults.corrupt}
             if faults.die_after is not None:
-                living = [i for i in order if i not in dropped]
-                order = living[: faults.die_after]
+                order = kept[: faults.die_after]
                 faults.die_after -= len(order)
-                self._died |= len(order) < len(living)
+                self._died |= len(order) < len(kept)
             faults.struck += len(dropped) + len(flipped) + self._died
         groups = [[i] for i in order] if faults.reorder or flipped else [order]
         for group in groups:

@@ -23,11 +23,15 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from .checkpoint import Checkpoint, ModelConfig
+
+Bytes = npt.NDArray[np.uint8]
 
 ROW_TILE = 16
 QUERY_TILE = 8
@@ -64,18 +68,30 @@ class Model:
         self._sin = angles.sin().to(pool).unsqueeze(1)
 
     def forward(
-        self, batch: Sequence[Chunk], on_layer: Callable[[int], None] | None = None
+        self,
+        batch: Sequence[Chunk],
+        on_layer: Callable[[int], None] | None = None,
+        before_layer: Callable[[int], None] | None = None,
     ) -> Tensor:
         """Run the chunks, put their KV in the pool, and return their last tokens' float32 logits.
 
         The logits are `[len(batch), vocab]`.
 
-        `on_layer(layer)` is called as soon as that layer's KV of the whole batch is in the pool.
+        `on_layer(layer)` is called as soon as that layer's KV of the whole batch is in the pool;
+        `before_layer(layer)` before that layer of the pool is read, so the KV of earlier positions
+        may come as late as that. What it raises ends the forward, whose chunks may be run again.
         """
         with torch.inference_mode():
-            return self._forward(batch, on_layer or (lambda layer: None))
+            return self._forward(
+                batch, on_layer or (lambda layer: None), before_layer or (lambda layer: None)
+            )
 
-    def _forward(self, batch: Sequence[Chunk], on_layer: Callable[[int], None]) -> Tensor:
+    def _forward(
+        self,
+        batch: Sequence[Chunk],
+        on_layer: Callable[[int], None],
+        before_layer: Callable[[int], None],
+    ) -> Tensor:
         config, device = self.config, self.pool.device
         ids = [token for chunk in batch for token in chunk.token_ids]
         positions = torch.tensor([p for chunk in batch for p in range(chunk.start, chunk.end)])
@@ -100,6 +116,7 @@ class Model:
             self.pool[pages, layer, 0, slots] = key[:rows]
             self.pool[pages, layer, 1, slots] = value[:rows]
             on_layer(layer)
+            before_layer(layer)
             attended = self._attend(batch, tables, layer, query)
             x = x + self._linear(attended, layer, "self_attn.o_proj")
             h = self._norm(x, layer, "post_attention_layernorm")
@@ -182,16 +199,20 @@ class Model:
         return out
 
 
-def new_pool(config: ModelConfig, num_pages: int, page_tokens: int) -> Tensor:
-    return torch.zeros(
-        num_pages,
-        config.layers,
-        2,
-        page_tokens,
-        config.kv_heads,
-        config.head_dim,
-        dtype=config.dtype,
-    )
+def new_bytes(count: int) -> Bytes:
+    return np.zeros(count, np.uint8)
+
+
+def new_pool(
+    config: ModelConfig,
+    num_pages: int,
+    page_tokens: int,
+    allocate: Callable[[int], Bytes] = new_bytes,
+) -> Tensor:
+    """A pool of zeros, in memory that `allocate` gives: so many bytes, all zero."""
+    shape = (num_pages, config.layers, 2, page_tokens, config.kv_heads, config.head_dim)
+    memory = allocate(math.prod(shape) * config.dtype.itemsize)
+    return torch.from_numpy(memory).view(config.dtype).view(shape)
 
 
 def _round_up(value: int, step: int) -> int:

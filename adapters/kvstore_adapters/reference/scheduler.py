@@ -2,11 +2,14 @@
 
 First come, first served. Rules that always hold:
   * a step computes at most `batch_tokens_max` tokens of at most `sequences_max` sequences;
-  * every running sequence that is not loading gets at least one token in each step; the oldest
-    takes what is left;
+  * every running sequence that can run gets at least one token in each step; the oldest takes what
+    is left. One that is loading cannot, nor one that was prefilled elsewhere and still awaits its
+    first token from there;
+  * when nothing else can run, the oldest of which the first layer has come runs behind its load:
+    the forward waits for each layer. So it never keeps the others waiting;
   * when pages run out, the youngest running sequence gives up its pages and is computed (or loaded)
     again later, so the oldest always advances and nothing starves: `add` refuses what could not run
-    alone;
+    alone. But when enough pages wait only for a transfer to end, the step goes by without it;
   * everything in `running` came before everything in `waiting`.
 No clock and no randomness: the same calls give the same plan. Not thread-safe.
 """
@@ -66,12 +69,18 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     computed: int = 0
     loading: PendingLoad | None = None
+    loading_blocks: int = 0
+    awaits_token: bool = False  # prefilled elsewhere; its KV may come before
     cached_tokens: int | None = None  # of the first admission; None before it
     first_token_s: float | None = None
     preemptions: int = 0
 
     def __post_init__(self) -> None:
         self.tokens += [*self.request.prompt_token_ids, *self.request.output_token_ids]
+
+    @property
+    def can_run(self) -> bool:
+        return self.loading is None and not self.awaits_token
 
     @property
     def output_count(self) -> int:
@@ -123,26 +132,46 @@ class Scheduler:
         while index < len(self.running):
             sequence = self.running[index]
             index += 1
-            if sequence.loading is not None:
+            if not sequence.can_run:
                 continue
-            younger = sum(other.loading is None for other in self.running[index:])
+            younger = sum(other.can_run for other in self.running[index:])
             count = min(len(sequence.tokens) - sequence.computed, budget - younger)
             if self._grow(sequence, sequence.computed + count):
                 plan.append(Work(sequence, count))
                 budget -= count
         while budget > 0 and self._admit():
             sequence = self.running[-1]
-            if sequence.loading is None:
+            if sequence.can_run:
                 count = min(len(sequence.tokens) - sequence.computed, budget)
                 plan.append(Work(sequence, count))
                 budget -= count
-        return plan
+        return plan or self._behind_a_load()
+
+    def _behind_a_load(self) -> list[Work]:
+        for sequence in self.running:
+            if sequence.awaits_token or sequence.loading is None:
+                continue
+            if not sequence.loading.layers_ready():
+                continue
+            computed = sequence.loading_blocks * self._settings.page_tokens
+            left = len(sequence.tokens) - computed
+            count = min(left, self._settings.batch_tokens_max)
+            if self._pages_for(computed + count) <= len(sequence.pages) + self.pages.pages_free:
+                sequence.computed = computed
+                self._grow(sequence, computed + count)
+                return [Work(sequence, count)]
+        return []
 
     def finish_load(self, sequence: Sequence) -> None:
         """Wait for a sequence's load. What it did not bring is computed."""
         assert sequence.loading is not None
-        sequence.computed = sequence.loading.wait() * self._settings.page_tokens
+        loaded = sequence.loading.wait()
+        sequence.computed = loaded * self._settings.page_tokens
         sequence.loading = None
+        if any(map(self.pages.is_held, sequence.pages[loaded : sequence.loading_blocks])):
+            # What did not come may still be written: those pages are left to the transfer.
+            self.pages.release(sequence.pages[loaded:])
+            del sequence.pages[loaded:]
         if sequence.cached_tokens is None:
             sequence.cached_tokens = sequence.computed
 
@@ -157,10 +186,12 @@ class Scheduler:
         self.running.append(self.waiting.popleft())
         sequence.pages = self.pages.allocate(needed)
         # One token at least is left to compute: logits come from a forward, not from the cache.
-        blocks_max = (len(sequence.tokens) - 1) // self._settings.page_tokens
-        blocks = self._transfer.match(sequence.tokens, blocks_max)
+        computable = len(sequence.tokens) - (not sequence.awaits_token)
+        blocks_max = computable // self._settings.page_tokens
+        request_id = sequence.request.request_id
+        blocks = self._transfer.match(request_id, sequence.tokens, blocks_max)
         if blocks:
-            request_id = sequence.request.request_id
+            sequence.loading_blocks = blocks
             sequence.loading = self._transfer.load(
                 request_id, sequence.tokens, sequence.pages[:blocks]
             )
@@ -171,8 +202,11 @@ class Scheduler:
         return True
 
     def _grow(self, sequence: Sequence, tokens: int) -> bool:
-        """Give the sequence pages for `tokens` positions; False if it had to give way itself."""
+        """Give the sequence pages for `tokens` positions; False if it had to give way itself or has
+        to wait for pages that are held."""
         missing = self._pages_for(tokens) - len(sequence.pages)
+        if self.pages.pages_free < missing <= self.pages.pages_free + self.pages.pages_held:
+            return False
         while missing > self.pages.pages_free:
             victim = self.running.pop()
             self._release(victim)
@@ -186,7 +220,10 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         if sequence.loading is not None:
-            self.finish_load(sequence)  # it still writes to the pages
+            sequence.loading.abandon()  # it still writes to the pages, or holds them
+            sequence.loading = None
+            if sequence.cached_tokens is None:
+                sequence.cached_tokens = 0
         self.pages.release(sequence.pages)
         sequence.pages = []
         sequence.computed = 0

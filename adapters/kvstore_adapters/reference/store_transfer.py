@@ -41,7 +41,8 @@ from kvstore import (
 
 from .checkpoint import Checkpoint
 from .counters import TransferCounters
-from .transfer import BlockSave, PendingLoad
+from .pages import PagePool
+from .transfer import BlockSave, PendingLoad, WholeLoad
 
 RETRY_SECONDS = 5.0
 LOST = (
@@ -70,7 +71,7 @@ def namespace_of(checkpoint: Checkpoint, page_tokens: int, revision: str = "") -
     return Namespace(model=name, spec=spec, revision=revision)
 
 
-class _Load:
+class _Load(WholeLoad):
     """A background load. Its time is bounded by the store's own deadlines, not by the wait: until
     the copy has ended it may write to the pages."""
 
@@ -89,7 +90,7 @@ class _Load:
         return self._loaded
 
 
-class _NothingLoaded:
+class _NothingLoaded(WholeLoad):
     def done(self) -> bool:
         return True
 
@@ -131,8 +132,11 @@ class StoreTransfer:
         self._copies: list[Future[None]] = []
         self._copier = ThreadPoolExecutor(1, "kv-copy") if layerwise else None
 
-    def attach(self, pool: Tensor) -> None:
+    def attach(self, pool: Tensor, pages: PagePool) -> None:
         self._buffers = PagedBuffers.reference(pool, self._spec)
+
+    def poll(self) -> None:
+        pass
 
     def reaches_store(self) -> bool:
         """Whether the store answers now, and is not left alone after an error."""
@@ -145,7 +149,7 @@ class StoreTransfer:
 
     # --- loading
 
-    def match(self, token_ids: Sequence[int], blocks_max: int) -> int:
+    def match(self, request_id: str, token_ids: Sequence[int], blocks_max: int) -> int:
         self.counters.queried_blocks += blocks_max
         if not self._read or blocks_max == 0:
             return 0
@@ -213,6 +217,11 @@ class StoreTransfer:
                 self._guarded(lambda h=hashes, p=pages: self._put(h, p), None)  # type: ignore[misc]
         self.counters.save_seconds += self._clock() - started
 
+    def abort_save(self) -> None:
+        self._saves = []
+        if self._copier is not None:
+            self._commit(keep=False)
+
     def _put(self, hashes: BlockHashes, pages: list[int]) -> None:
         self._count_saved(self._store.put(hashes, self._buffers, pages))
 
@@ -226,13 +235,13 @@ class StoreTransfer:
         for reservation, pages in reserved:
             reservation.write(self._buffers, pages, layers=(layer, layer + 1))
 
-    def _commit(self) -> None:
+    def _commit(self, keep: bool = True) -> None:
         reserved, self._reserved = self._reserved, []
         copies, self._copies = self._copies, []
         # Wait for all, whatever happened: until then they read the pages.
         failed = [copy.exception() for copy in copies]
         for reservation, _ in reserved:
-            if not any(failed):
+            if keep and not any(failed):
                 self._guarded(lambda r=reservation: self._count_saved(r.commit()), None)  # type: ignore[misc]
             # Whatever was not committed would stay reserved as long as this client lives.
             with suppress(*LOST):

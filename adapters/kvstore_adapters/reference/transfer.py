@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from torch import Tensor  # so that routers need no torch
 
+    from .pages import PagePool
+
 
 class PendingLoad(Protocol):
     """A load under way. Until `wait` has returned, the pages belong to it."""
@@ -25,6 +27,34 @@ class PendingLoad(Protocol):
         """Blocks loaded, counted from the first; fewer than asked if some are gone or a deadline
         passed. Never raises for those. May be called again.
         """
+
+    def abandon(self) -> None:
+        """Nothing of it is wanted any more. Pages that it may still write to are held (see
+        `pages`); it may wait instead.
+        """
+
+    def layers_ready(self) -> int:
+        """How many layers, from the first, are there for all blocks. 0 where blocks come whole."""
+
+    def wait_layer(self, layer: int) -> bool:
+        """Wait until that layer is there for all blocks; False: it does not come in time."""
+
+
+class WholeLoad:
+    """What loads have in common whose blocks come whole, and soon."""
+
+    def wait(self) -> int:
+        raise NotImplementedError
+
+    def abandon(self) -> None:
+        self.wait()
+
+    def layers_ready(self) -> int:
+        return 0
+
+    def wait_layer(self, layer: int) -> bool:
+        self.wait()
+        return False
 
 
 @dataclass(frozen=True)
@@ -47,10 +77,15 @@ class KVTransfer(Protocol):
     Sequences passed in are the worker's own and change after the call: copy what is needed later.
     """
 
-    def attach(self, pool: Tensor) -> None:
-        """Once, before anything else, with the worker's pool (its shape: see `model`)."""
+    def attach(self, pool: Tensor, pages: PagePool) -> None:
+        """Once, before anything else, with the worker's pool (its shape: see `model`), and which
+        of its pages are in use.
+        """
 
-    def match(self, token_ids: Sequence[int], blocks_max: int) -> int:
+    def poll(self) -> None:
+        """Before each step: drop what holds on pages have become needless."""
+
+    def match(self, request_id: str, token_ids: Sequence[int], blocks_max: int) -> int:
         """How many full blocks, from the first on and up to blocks_max, a load would find now."""
 
     def load(self, request_id: str, token_ids: Sequence[int], pages: Sequence[int]) -> PendingLoad:
@@ -66,17 +101,23 @@ class KVTransfer(Protocol):
 
     def end_save(self) -> None:
         """All layers are. The pages may be reused after the return, so whatever still reads them
-        must finish first.
+        must finish first, or hold them.
         """
+
+    def abort_save(self) -> None:
+        """In place of end_save: the forward was given up. The blocks may be incomplete."""
 
 
 class NoTransfer:
     """Nothing is shared: every request is computed from its first token."""
 
-    def attach(self, pool: Tensor) -> None:
+    def attach(self, pool: Tensor, pages: PagePool) -> None:
         pass
 
-    def match(self, token_ids: Sequence[int], blocks_max: int) -> int:
+    def poll(self) -> None:
+        pass
+
+    def match(self, request_id: str, token_ids: Sequence[int], blocks_max: int) -> int:
         return 0
 
     def load(self, request_id: str, token_ids: Sequence[int], pages: Sequence[int]) -> PendingLoad:
@@ -89,4 +130,7 @@ class NoTransfer:
         pass
 
     def end_save(self) -> None:
+        pass
+
+    def abort_save(self) -> None:
         pass

@@ -13,10 +13,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from kvstore import ConfigError
 
 from .checkpoint import Checkpoint
-from .model import Chunk, Model, new_pool
+from .model import Bytes, Chunk, Model, new_bytes, new_pool
 from .sampling import sample
 from .scheduler import Request, Scheduler, Sequence, Work, WorkerSettings
 from .transfer import BlockSave, KVTransfer, NoTransfer
@@ -50,8 +52,15 @@ class Output:
     metrics: RequestMetrics | None = None
 
 
+class _LayerMissingError(Exception):
+    """A load that a forward ran behind has failed."""
+
+
 class ReferenceWorker:
-    """Call `step` while `has_work`. Not thread-safe."""
+    """Call `step` while `has_work`; after one that stalled, when there is news. Not thread-safe.
+
+    `allocate` gives the KV pool's memory.
+    """
 
     def __init__(
         self,
@@ -59,15 +68,18 @@ class ReferenceWorker:
         settings: WorkerSettings | None = None,
         transfer: KVTransfer | None = None,
         clock: Callable[[], float] = time.monotonic,
+        allocate: Callable[[int], Bytes] = new_bytes,
     ) -> None:
         self._settings = settings or WorkerSettings()
         self._transfer = transfer or NoTransfer()
         self._clock = clock
-        pool = new_pool(checkpoint.config, self._settings.num_pages, self._settings.page_tokens)
+        settings = self._settings
+        pool = new_pool(checkpoint.config, settings.num_pages, settings.page_tokens, allocate)
         self._model = Model(checkpoint, pool)
         self._scheduler = Scheduler(self._settings, self._transfer)
         self._sequences: dict[str, Sequence] = {}
-        self._transfer.attach(pool)
+        self._transfer.attach(pool, self._scheduler.pages)
+        self.is_stalled = False  # the last step had nothing to compute
 
     @property
     def has_work(self) -> bool:
@@ -77,11 +89,23 @@ class ReferenceWorker:
     def pages_free(self) -> int:
         return self._scheduler.pages.pages_free
 
-    def add_request(self, request: Request) -> None:
+    def add_request(self, request: Request, *, awaits_token: bool = False) -> None:
+        """`awaits_token`: it is prefilled elsewhere, and goes on by `continue_request`."""
         self._check(request)
-        sequence = Sequence(request, self._clock())
+        sequence = Sequence(request, self._clock(), awaits_token=awaits_token)
         self._scheduler.add(sequence)
         self._sequences[request.request_id] = sequence
+
+    def continue_request(self, request: Request) -> bool:
+        """What was added to await its token has it: the same request, with the token. False: there
+        is no such request."""
+        sequence = self._sequences.get(request.request_id)
+        if sequence is None or not sequence.awaits_token:
+            return False
+        sequence.request = request
+        sequence.tokens += request.output_token_ids
+        sequence.awaits_token = False
+        return True
 
     def cancel(self, request_id: str) -> None:
         """Drop a request; one that is unknown or has finished is ignored."""
@@ -91,21 +115,18 @@ class ReferenceWorker:
 
     def step(self) -> list[Output]:
         """Compute one batch and return the new tokens: none, maybe, while prompts are prefilled."""
+        self._transfer.poll()
         plan = self._scheduler.schedule()
         if not plan:
-            loading = [s for s in self._scheduler.running if s.loading is not None]
-            if not loading:
-                return []
-            self._scheduler.finish_load(loading[0])
-            plan = self._scheduler.schedule()
-        saves = [save for work in plan for save in self._completed_blocks(work)]
-        chunks = [_chunk(work) for work in plan]
-        if saves:
-            self._transfer.begin_save(saves)
-            logits = self._model.forward(chunks, self._transfer.save_layer)
-            self._transfer.end_save()
-        else:
-            logits = self._model.forward(chunks)
+            running = self._scheduler.running
+            loading = [s for s in running if s.loading is not None and not s.awaits_token]
+            if loading:
+                self._scheduler.finish_load(loading[0])
+                plan = self._scheduler.schedule()
+        self.is_stalled = not plan
+        logits = self._compute(plan) if plan else None
+        if logits is None:
+            return []
         outputs = []
         for row, work in enumerate(plan):
             sequence, request = work.sequence, work.sequence.request
@@ -115,6 +136,33 @@ class ReferenceWorker:
                 token = sample(logits[row], request.temperature, request.seed, position)
                 outputs.append(self._put_out(sequence, token))
         return outputs
+
+    def _compute(self, plan: list[Work]) -> Tensor | None:
+        """The logits; None when a layer did not come that this ran behind."""
+        saves = [save for work in plan for save in self._completed_blocks(work)]
+        chunks = [_chunk(work) for work in plan]
+        behind = [work.sequence for work in plan if work.sequence.loading is not None]
+
+        def before_layer(layer: int) -> None:
+            for sequence in behind:
+                if sequence.loading is not None and not sequence.loading.wait_layer(layer):
+                    raise _LayerMissingError
+
+        if saves:
+            self._transfer.begin_save(saves)
+        try:
+            on_layer = self._transfer.save_layer if saves else None
+            logits = self._model.forward(chunks, on_layer, before_layer)
+        except _LayerMissingError:
+            if saves:
+                self._transfer.abort_save()
+            logits = None
+        else:
+            if saves:
+                self._transfer.end_save()
+        for sequence in behind:
+            self._scheduler.finish_load(sequence)
+        return logits
 
     def _check(self, request: Request) -> None:
         config = self._model.config
