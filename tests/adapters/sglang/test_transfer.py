@@ -85,7 +85,8 @@ def test_pieces_of_many_pools_arrive_where_they_belong(make: Make) -> None:
     registered(prefill, *sources)
     registered(decode, *targets)
     generator = np.random.default_rng(7)
-    pieces, expected = [], [target.copy() for target in targets]
+    pieces: list[Piece] = []
+    expected = [target.copy() for target in targets]
     for _ in range(300):
         to, page = int(generator.integers(6)), len(pieces) * 3000
         length, begin = int(generator.integers(1, 3000)), int(generator.integers(SIZE - 3000))

@@ -146,4 +146,4 @@ def _stand_in_for_cuda() -> None:
     plain = torch.empty
     torch.empty = empty
     torch.cuda.Event = Event  # type: ignore[assignment,misc]
-    torch.cuda.current_stream = torch.cpu.current_stream
+    torch.cuda.current_stream = torch.cpu.current_stream  # type: ignore[assignment]
