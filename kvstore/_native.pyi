@@ -86,6 +86,82 @@ class CancelFlag:
     def set(self) -> None: ...
     def is_set(self) -> bool: ...
 
+class Regions:
+    """Memory of this process that peers may read, or write too, by its id."""
+
+    def __init__(self) -> None: ...
+    def __len__(self) -> int: ...
+    def add(self, region_id: int, address: int, num_bytes: int, writable: bool) -> None:
+        """It stays mapped until `remove` returned True, or its servers are stopped."""
+    def remove(self, region_id: int, timeout: float) -> bool:
+        """Refuse it from now on. True: nobody moves bytes of it any more.
+
+        Moves under way are waited for; shortly before the timeout they are cut off.
+        """
+
+class BulkServer:
+    """Serves regions over TCP to those who know the secret."""
+
+    def __init__(
+        self,
+        regions: Regions,
+        secret: bytes,
+        epoch: int,
+        connections_max: int = 256,
+        bytes_per_second: int = 0,
+    ) -> None: ...
+    def listen(self, fd: int) -> None:
+        """Serve a bound, listening socket; it is duplicated."""
+    def set_info(self, info: bytes) -> None:
+        """What those who know the secret may ask for."""
+    def counters(self) -> dict[str, int]: ...
+    def stop(self) -> None: ...
+
+class BulkLink:
+    """Moves pieces to and from the regions of a peer's BulkServer.
+
+    Raises:
+        TimeoutError: no connection in time.
+        ConnectionError: nobody is there.
+        RemoteError: the peer has another secret, epoch or version.
+        ProtocolError: it is no peer of ours.
+    """
+
+    def __init__(
+        self, address: str, secret: bytes, epoch: int, timeout: float, connections: int = 0
+    ) -> None:
+        """Connect to "host:port". epoch: that it must have; 0: any. timeout: also what a peer may
+        be silent for. connections: that one move may use; 0: as many as are of use."""
+    def info(self, timeout: float) -> bytes: ...
+    def read(
+        self,
+        region_id: int,
+        remote_offsets: npt.NDArray[np.uint64],
+        local_addresses: npt.NDArray[np.uint64],
+        lengths: npt.NDArray[np.uint64],
+        checksums: npt.NDArray[np.uint64] | None,
+        timeout: float,
+        cancel: CancelFlag | None = None,
+    ) -> npt.NDArray[np.uint8]:
+        """Bring pieces here; return what became of each (kvstore.transport.Status)."""
+    def write(
+        self,
+        region_id: int,
+        remote_offsets: npt.NDArray[np.uint64],
+        local_addresses: npt.NDArray[np.uint64],
+        lengths: npt.NDArray[np.uint64],
+        checksums: npt.NDArray[np.uint64] | None,
+        timeout: float,
+        cancel: CancelFlag | None = None,
+    ) -> npt.NDArray[np.uint8]:
+        """Bring pieces there; return what became of each."""
+    def is_alive(self) -> bool:
+        """False once the peer was found to be gone, until a move has reached it again."""
+    def is_settled(self) -> bool:
+        """False when a write was given up whose bytes the peer may still be taking in."""
+    def close(self) -> bool:
+        """End it, and all moves. True: it is settled, at both ends."""
+
 def gather(
     plan: CopyPlan,
     block_ids: npt.NDArray[np.int64],

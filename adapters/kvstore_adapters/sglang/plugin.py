@@ -14,7 +14,7 @@ from kvstore.config_sources import choose_sglang_transfer, is_sglang_transfer_ch
 
 NAME = "kvstore"
 _STANDS_FOR = "mooncake"
-_ARGUMENTS_MADE = "sglang.srt.server_args.ServerArgs.__post_init__"
+_ARGUMENTS_RESOLVED = "sglang.srt.server_args.ServerArgs.resolve_once"
 _TRANSFER = (
     "sglang.srt.distributed.device_communicators.mooncake_transfer_engine.MooncakeTransferEngine"
 )
@@ -27,7 +27,7 @@ def register() -> None:
 
     if NAME not in choices.DISAGG_TRANSFER_BACKEND_CHOICES:
         choices.add_disagg_transfer_backend_choices([NAME])
-        HookRegistry.register(_ARGUMENTS_MADE, _choose, HookType.BEFORE)
+        HookRegistry.register(_ARGUMENTS_RESOLVED, _choose, HookType.BEFORE)
     if is_sglang_transfer_chosen():
         _replace()
 

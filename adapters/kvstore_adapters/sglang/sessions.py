@@ -46,6 +46,7 @@ class Session:
         self._lock = threading.Lock()
         self._link: Link | None = None
         self._map = AddressMap(())
+        self._closed = False
 
     def write(
         self, addresses: Addresses, peer_addresses: Addresses, lengths: Addresses, deadline: float
@@ -76,8 +77,10 @@ class Session:
             bad = statuses[statuses != Status.OK]
             if not len(bad):
                 break
-            self._drop(link)
-            if not np.isin(bad, _WORTH_ANOTHER).all() or time.monotonic() >= deadline:
+            # What the peer may still be taking in of the first attempt must not come after the
+            # second, when SGLang may have given the page to another request.
+            is_settled = self._drop(link)
+            if not is_settled or not np.isin(bad, _WORTH_ANOTHER).all():
                 break
             log.info("hand-off to %s: %s; once more", self.session_id, summary(bad))
         return statuses
@@ -94,6 +97,7 @@ class Session:
 
     def close(self) -> None:
         with self._lock:
+            self._closed = True
             link, self._link = self._link, None
         if link is not None:
             link.close(_CLOSE_SECONDS)
@@ -112,6 +116,8 @@ class Session:
             return link, self._map
 
     def _connect(self, deadline: float) -> Link:
+        if self._closed:
+            raise PeerUnavailableError(f"{self.session_id}: given up")
         timeout = deadline - time.monotonic()
         if timeout <= 0:
             raise DeadlineExceededError(f"{self.session_id}: no time left to connect")
@@ -129,11 +135,12 @@ class Session:
         )
         return link
 
-    def _drop(self, link: Link) -> None:
+    def _drop(self, link: Link) -> bool:
+        """Whether nothing of its moves is under way any more, here or there."""
         with self._lock:
             if self._link is link:
                 self._link = None
-        link.close(_CLOSE_SECONDS)
+        return link.close(_CLOSE_SECONDS)
 
 
 def _write(link: Link, regions: AddressMap, batch: Batch, deadline: float) -> npt.NDArray[np.uint8]:

@@ -10,6 +10,7 @@ did not arrive as it was sent is never said to have: checksums are verified wher
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -290,11 +291,10 @@ def _transport(host: str, settings: TransferSettings) -> TransportSettings:
 def _is_prefill() -> bool:
     """Whether this process only sends: then nobody has to write to its memory. SGLang may change
     its mind, and registers anew then."""
+    running = sys.modules.get("sglang.srt.runtime_context")
     try:
-        from sglang.srt.runtime_context import get_disagg
-
-        return str(get_disagg().disaggregation_mode) == "prefill"
-    except (ImportError, ValueError):  # outside of a server
+        return running is not None and running.get_disagg().disaggregation_mode == "prefill"
+    except ValueError:  # not in a server
         return False
 
 
@@ -315,6 +315,4 @@ class _HostMemory:
                 self._ranges.append((begin, end))
 
     def has(self, address: int, num_bytes: int) -> bool:
-        return any(
-            begin <= address and address + num_bytes <= end for begin, end in self._ranges
-        )
+        return any(begin <= address and address + num_bytes <= end for begin, end in self._ranges)
