@@ -39,7 +39,7 @@ Pairs Settings(const UcxOptions &options) {
 
 UcxCore::UcxCore(UcxOptions options)
     : options_(std::move(options)),
-      library_(UcxLibrary::Load(options_.library)),
+      library_(UcxLibrary::Load(options_.library, options_.modules)),
       timeout_ns_(static_cast<std::int64_t>(options_.timeout * 1e9)),
       spin_ns_(static_cast<std::int64_t>(options_.spin * 1e9)),
       pid_(getpid()) {
