@@ -538,11 +538,14 @@ class NativeServer:
         notice_used: bool,
         label: str,
         block_tokens: int = 0,
+        may_read: bool = True,
+        may_write: bool = True,
     ) -> bool:
         """Admit a connection as a new client, before the reply to its greeting.
 
         `client` must not be 0; namespace_id < 0: none, only CALL and PING work. `notices`: there is
-        an ssd tier. False when the connection is gone: the owner is the caller's to release then.
+        an ssd tier. `may_read`, `may_write`: payload through the connection by READ, slots by
+        RESERVE. False when the connection is gone: the owner is the caller's to release then.
         """
     def join_client(self, connection: int, client: int) -> bool: ...
     def reply(self, task_id: int, body: bytes, status: int = 0) -> bool: ...
@@ -680,3 +683,70 @@ def echo_round_trips(
     address: str, request_bytes: int, reply_bytes: int, count: int
 ) -> npt.NDArray[np.float64]:
     """Seconds of each of `count` blocking round trips to an EchoServer."""
+
+# --- UCX
+class UcxContext:
+    """What one endpoint has of UCX: a server of regions, and links. Not for forked children.
+
+    Raises RuntimeError, which names the library and the reason. One library a process.
+    """
+
+    def __init__(
+        self,
+        library: str,
+        tls: str,
+        net_devices: str,
+        timeout: float,
+        secret: bytes,
+        epoch: int,
+        settings: Sequence[tuple[str, str]] = ...,
+        spin: float = ...,
+    ) -> None: ...
+    @property
+    def version(self) -> str: ...
+    @property
+    def library(self) -> str: ...
+    def transports(self) -> list[tuple[str, str]]:
+        """Pairs of transport and device."""
+    def address(self) -> bytes: ...
+    def num_peers(self) -> int: ...
+    def register(self, region_id: int, address: int, num_bytes: int, writable: bool) -> bool:
+        """False when a region has that id. The memory stays mapped until it is deregistered."""
+    def deregister(self, region_id: int, timeout: float) -> bool:
+        """True: no peer has its key any more. May be called again."""
+    def connect(self, address: bytes, epoch: int, secret: bytes, timeout: float) -> UcxLink:
+        """epoch 0: any. Raises ConnectionError, TimeoutError, PermissionError (refused)."""
+    def close(self) -> None: ...
+
+@final
+class UcxLink:
+    """While it is alive after a move, local memory is settled."""
+
+    def read(
+        self,
+        region_id: int,
+        remote_offsets: npt.NDArray[np.uint64],
+        local_addresses: npt.NDArray[np.uint64],
+        lengths: npt.NDArray[np.uint64],
+        checksums: npt.NDArray[np.uint64] | None,
+        timeout: float,
+        cancel: CancelFlag | None = None,
+    ) -> npt.NDArray[np.uint8]:
+        """Statuses (kvstore.transport.Status)."""
+    def write(
+        self,
+        region_id: int,
+        remote_offsets: npt.NDArray[np.uint64],
+        local_addresses: npt.NDArray[np.uint64],
+        lengths: npt.NDArray[np.uint64],
+        checksums: npt.NDArray[np.uint64] | None,
+        timeout: float,
+        cancel: CancelFlag | None = None,
+    ) -> npt.NDArray[np.uint8]:
+        """Statuses; checksums are not looked at."""
+    def is_alive(self) -> bool: ...
+    def failure(self) -> str:
+        """Why it is not alive; "" while it is."""
+    def transports(self) -> str: ...
+    def close(self, timeout: float) -> bool:
+        """True: settled, nobody writes into local memory for it any more."""

@@ -15,6 +15,26 @@ std::string Milliseconds(double seconds) {
     return std::to_string(static_cast<long>(seconds * 1e3)) + "ms";
 }
 
+using Pairs = std::vector<std::pair<std::string, std::string>>;
+
+Pairs TcpSettings(const UcxOptions &options) {
+    return {{"TX_SEG_SIZE", "256K"},  // 8K by default: a fifth of the bandwidth
+            {"RX_SEG_SIZE", "256K"},
+            // Else a cut link is never noticed.
+            {"USER_TIMEOUT", Milliseconds(options.timeout)}};
+}
+
+Pairs Settings(const UcxOptions &options) {
+    Pairs settings = {{"TLS", options.tls},
+                      {"KEEPALIVE_INTERVAL", Milliseconds(options.timeout / 2)}};
+    if (!options.net_devices.empty()) settings.emplace_back("NET_DEVICES", options.net_devices);
+    for (const auto &[name, value] : TcpSettings(options)) {
+        settings.emplace_back("TCP_" + name, value);
+    }
+    settings.insert(settings.end(), options.settings.begin(), options.settings.end());
+    return settings;
+}
+
 }  // namespace
 
 UcxCore::UcxCore(UcxOptions options)
@@ -34,20 +54,16 @@ UcxCore::UcxCore(UcxOptions options)
     ucx::Config config = nullptr;
     ucx::Status status = api.ucp_config_read(nullptr, nullptr, &config);
     if (status != ucx::kOk) fail("its settings cannot be read", status);
-    std::vector<std::pair<std::string, std::string>> settings = {
-        {"TLS", options_.tls},
-        {"TCP_TX_SEG_SIZE", "256K"},  // 8K by default: a fifth of the bandwidth
-        {"TCP_RX_SEG_SIZE", "256K"},
-        {"TCP_USER_TIMEOUT", Milliseconds(options_.timeout)},  // else a cut link is never noticed
-        {"KEEPALIVE_INTERVAL", Milliseconds(options_.timeout / 2)},
-    };
-    if (!options_.net_devices.empty()) settings.emplace_back("NET_DEVICES", options_.net_devices);
-    settings.insert(settings.end(), options_.settings.begin(), options_.settings.end());
-    for (const auto &[name, value] : settings) {
+    for (const auto &[name, value] : Settings(options_)) {
         status = api.ucp_config_modify(config, name.c_str(), value.c_str());
         if (status == ucx::kOk) continue;
         api.ucp_config_release(config);
         fail("it does not take " + name + "=" + value, status);
+    }
+    // 1.13 takes "TCP_..." and warns later that it is no use: there they have no prefix. Newer ones
+    // refuse those.
+    for (const auto &[name, value] : TcpSettings(options_)) {
+        api.ucp_config_modify(config, name.c_str(), value.c_str());
     }
     ucx::Params params = {};
     params.field_mask = ucx::kParamFeatures | ucx::kParamMtWorkersShared | ucx::kParamName;

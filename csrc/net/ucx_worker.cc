@@ -25,6 +25,7 @@ struct Outgoing {
 
 UcxWorker::UcxWorker(const UcxLibrary &library, ucx::Context context, OnMessage on_message)
     : library_(library), api_(library.api()), on_message_(std::move(on_message)) {
+    const UcxQuiet quiet;
     ucx::WorkerParams params = {};
     params.field_mask = ucx::kWorkerParamThreadMode;
     params.thread_mode = ucx::kThreadModeSerialized;
