@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import mmap
+import os
 import secrets
 import threading
 import time
@@ -313,6 +314,28 @@ def test_a_killed_peer_is_found_and_another_takes_its_place(make: Make, peer: Pe
         assert second.contents(region.region_id) == _native.xxh3(source)
     finally:
         second.close()
+
+
+def test_memory_that_is_not_shared_goes_by_tcp_and_nothing_stays_open(
+    make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On one host the pointer mover comes first, finds a pool that is no shared memory, and is let
+    go again."""
+    caplog.set_level(logging.INFO)
+    prefill = make(TransferSettings(timeout=10.0, movers=("shm", "tcp")))
+    secret = user_secret("sglang-transfer")[0]
+    decode = Peer(TransportSettings(movers=("shm", "tcp")), secret)
+    try:
+        decode.register(SIZE, writable=True, shared=False)
+        session = session_of(decode)
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(10):
+            prefill._forget(session)
+            assert prefill.send_probe(session) == 0
+        assert len(os.listdir("/proc/self/fd")) < before + 10
+        assert "by tcp" in caplog.text
+    finally:
+        decode.close()
 
 
 def test_a_hung_peer_costs_the_timeout(make: Make, peer: Peer) -> None:
