@@ -127,7 +127,7 @@ class _Ways:
             self._ours("ucx_tcp", "ucx", verified=True, settings=self._ucx_settings()),
             self._ours("ucx_tcp_unverified", "ucx", verified=False, settings=self._ucx_settings()),
             self._program("raw_tcp", "raw_tcp.c", [["1"], ["2"]], []),
-            self._program("raw_ucx_tcp", "raw_ucx.c", [[self._place.device, SEGMENT]], ["-lucp"]),
+            self._program("raw_ucx_tcp", "raw_ucx.c", [[self._place.device, SEGMENT]], ["-lucp", "-lucs"]),
             *nixl,
             self._peer("mooncake_tcp", "mooncake"),
         ]
