@@ -12,6 +12,7 @@ with kvstore.open("qwen3-0.6b", spec=spec, cpu="1GiB") as store:
 """
 
 from kvstore.block import BlockHash, BlockHashes, BlockSpec, Namespace
+from kvstore.certificates import TlsFiles
 from kvstore.config import StoreConfig, default_address, load_config
 from kvstore.errors import (
     ConfigError,
@@ -68,6 +69,7 @@ __all__ = [
     "Store",
     "StoreClosedError",
     "StoreConfig",
+    "TlsFiles",
     "Transfer",
     "TransferResult",
     "connect",

@@ -86,6 +86,82 @@ class CancelFlag:
     def set(self) -> None: ...
     def is_set(self) -> bool: ...
 
+class Regions:
+    """Memory of this process that peers may read, or write too, by its id."""
+
+    def __init__(self) -> None: ...
+    def __len__(self) -> int: ...
+    def add(self, region_id: int, address: int, num_bytes: int, writable: bool) -> None:
+        """It stays mapped until `remove` returned True, or its servers are stopped."""
+    def remove(self, region_id: int, timeout: float) -> bool:
+        """Refuse it from now on. True: nobody moves bytes of it any more.
+
+        Moves under way are waited for; shortly before the timeout they are cut off.
+        """
+
+class BulkServer:
+    """Serves regions over TCP to those who know the secret."""
+
+    def __init__(
+        self,
+        regions: Regions,
+        secret: bytes,
+        epoch: int,
+        connections_max: int = 256,
+        bytes_per_second: int = 0,
+    ) -> None: ...
+    def listen(self, fd: int) -> None:
+        """Serve a bound, listening socket; it is duplicated."""
+    def set_info(self, info: bytes) -> None:
+        """What those who know the secret may ask for."""
+    def counters(self) -> dict[str, int]: ...
+    def stop(self) -> None: ...
+
+class BulkLink:
+    """Moves pieces to and from the regions of a peer's BulkServer.
+
+    Raises:
+        TimeoutError: no connection in time.
+        ConnectionError: nobody is there.
+        RemoteError: the peer has another secret, epoch or version.
+        ProtocolError: it is no peer of ours.
+    """
+
+    def __init__(
+        self, address: str, secret: bytes, epoch: int, timeout: float, connections: int = 0
+    ) -> None:
+        """Connect to "host:port". epoch: that it must have; 0: any. timeout: also what a peer may
+        be silent for. connections: that one move may use; 0: as many as are of use."""
+    def info(self, timeout: float) -> bytes: ...
+    def read(
+        self,
+        region_id: int,
+        remote_offsets: npt.NDArray[np.uint64],
+        local_addresses: npt.NDArray[np.uint64],
+        lengths: npt.NDArray[np.uint64],
+        checksums: npt.NDArray[np.uint64] | None,
+        timeout: float,
+        cancel: CancelFlag | None = None,
+    ) -> npt.NDArray[np.uint8]:
+        """Bring pieces here; return what became of each (kvstore.transport.Status)."""
+    def write(
+        self,
+        region_id: int,
+        remote_offsets: npt.NDArray[np.uint64],
+        local_addresses: npt.NDArray[np.uint64],
+        lengths: npt.NDArray[np.uint64],
+        checksums: npt.NDArray[np.uint64] | None,
+        timeout: float,
+        cancel: CancelFlag | None = None,
+    ) -> npt.NDArray[np.uint8]:
+        """Bring pieces there; return what became of each."""
+    def is_alive(self) -> bool:
+        """False once the peer was found to be gone, until a move has reached it again."""
+    def is_settled(self) -> bool:
+        """False when a write was given up whose bytes the peer may still be taking in."""
+    def close(self) -> bool:
+        """End it, and all moves. True: it is settled, at both ends."""
+
 def gather(
     plan: CopyPlan,
     block_ids: npt.NDArray[np.int64],
@@ -445,6 +521,9 @@ class NativeServer:
         tasks_max: int = 4096,
     ) -> None: ...
     def listen(self, fd: int, is_local: bool) -> None: ...
+    def serve(self, fd: int) -> bool:
+        """Serve a connected socket, the server's from now on, as one that came over TCP. False: it
+        has stopped."""
     def next_task(self, timeout: float) -> Task | None: ...
     def add_client(
         self,
@@ -459,11 +538,14 @@ class NativeServer:
         notice_used: bool,
         label: str,
         block_tokens: int = 0,
+        may_read: bool = True,
+        may_write: bool = True,
     ) -> bool:
         """Admit a connection as a new client, before the reply to its greeting.
 
         `client` must not be 0; namespace_id < 0: none, only CALL and PING work. `notices`: there is
-        an ssd tier. False when the connection is gone: the owner is the caller's to release then.
+        an ssd tier. `may_read`, `may_write`: payload through the connection by READ, slots by
+        RESERVE. False when the connection is gone: the owner is the caller's to release then.
         """
     def join_client(self, connection: int, client: int) -> bool: ...
     def reply(self, task_id: int, body: bytes, status: int = 0) -> bool: ...
@@ -489,6 +571,9 @@ class Connection:
     """
 
     def __init__(self, address: str, timeout: float) -> None: ...
+    @staticmethod
+    def over(fd: int, address: str) -> Connection:
+        """Over a connected socket, which is its own from now on; errors call the peer `address`."""
     def call(self, op: int, body: Buffer, timeout: float) -> bytes: ...
     def map(self, writable: bool, timeout: float) -> tuple[int, int]:
         """A descriptor of the arena, the caller's to close, and the arena's bytes."""
@@ -591,7 +676,77 @@ class EchoServer:
     def __init__(self, fd: int) -> None: ...
     def stop(self) -> None: ...
 
+def refusal(header: bytes, status: int, message: bytes) -> bytes | None:
+    """The frame that answers one with this header with an error; None: it is no header of ours."""
+
 def echo_round_trips(
     address: str, request_bytes: int, reply_bytes: int, count: int
 ) -> npt.NDArray[np.float64]:
     """Seconds of each of `count` blocking round trips to an EchoServer."""
+
+# --- UCX
+class UcxContext:
+    """What one endpoint has of UCX: a server of regions, and links. Not for forked children.
+
+    Raises RuntimeError, which names the library and the reason. One library a process.
+    """
+
+    def __init__(
+        self,
+        library: str,
+        tls: str,
+        net_devices: str,
+        timeout: float,
+        secret: bytes,
+        epoch: int,
+        settings: Sequence[tuple[str, str]] = ...,
+        spin: float = ...,
+    ) -> None: ...
+    @property
+    def version(self) -> str: ...
+    @property
+    def library(self) -> str: ...
+    def transports(self) -> list[tuple[str, str]]:
+        """Pairs of transport and device."""
+    def address(self) -> bytes: ...
+    def num_peers(self) -> int: ...
+    def register(self, region_id: int, address: int, num_bytes: int, writable: bool) -> bool:
+        """False when a region has that id. The memory stays mapped until it is deregistered."""
+    def deregister(self, region_id: int, timeout: float) -> bool:
+        """True: no peer has its key any more. May be called again."""
+    def connect(self, address: bytes, epoch: int, secret: bytes, timeout: float) -> UcxLink:
+        """epoch 0: any. Raises ConnectionError, TimeoutError, PermissionError (refused)."""
+    def close(self) -> None: ...
+
+@final
+class UcxLink:
+    """While it is alive after a move, local memory is settled."""
+
+    def read(
+        self,
+        region_id: int,
+        remote_offsets: npt.NDArray[np.uint64],
+        local_addresses: npt.NDArray[np.uint64],
+        lengths: npt.NDArray[np.uint64],
+        checksums: npt.NDArray[np.uint64] | None,
+        timeout: float,
+        cancel: CancelFlag | None = None,
+    ) -> npt.NDArray[np.uint8]:
+        """Statuses (kvstore.transport.Status)."""
+    def write(
+        self,
+        region_id: int,
+        remote_offsets: npt.NDArray[np.uint64],
+        local_addresses: npt.NDArray[np.uint64],
+        lengths: npt.NDArray[np.uint64],
+        checksums: npt.NDArray[np.uint64] | None,
+        timeout: float,
+        cancel: CancelFlag | None = None,
+    ) -> npt.NDArray[np.uint8]:
+        """Statuses; checksums are not looked at."""
+    def is_alive(self) -> bool: ...
+    def failure(self) -> str:
+        """Why it is not alive; "" while it is."""
+    def transports(self) -> str: ...
+    def close(self, timeout: float) -> bool:
+        """True: settled, nobody writes into local memory for it any more."""

@@ -34,7 +34,7 @@ def tcp_address(address: str) -> tuple[str, int]:
     Raises:
         ConfigError: no such form, or no such port.
     """
-    host, colon, port = address.removeprefix("tcp:").rpartition(":")
+    host, colon, port = address.removeprefix("tcp:").removeprefix("tls:").rpartition(":")
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
     elif ":" in host:

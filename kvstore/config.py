@@ -246,6 +246,11 @@ class DaemonConfig(StoreConfig):
     token_file: str = setting(
         "", "file (mode 0600) with the secret that TCP clients prove, and HTTP asks for"
     )
+    tls_cert: str = setting("", "PEM file of the certificate that `tcp` shows: it speaks TLS then")
+    tls_key: str = setting("", "PEM file of its private key, mode 0600")
+    tls_ca: str = setting(
+        "", "PEM file of who signs clients' certificates: those without one are refused then"
+    )
     peer_listen: str = setting(
         "",
         "host (an address of this machine) on which other daemons read blocks; default: that of "
@@ -271,7 +276,8 @@ class DaemonConfig(StoreConfig):
         super().__post_init__()
         object.__setattr__(self, "scrub", parse_bytes(self.scrub, "scrub"))
         _check_choices(self, client_writes=ClientWrites, log_level=LogLevel, log_format=LogFormat)
-        for name in ("listen", "tcp", "token_file", "peer_listen", "http", "state", "trace"):
+        texts = ("listen", "tcp", "token_file", "peer_listen", "http", "state", "trace")
+        for name in (*texts, "tls_cert", "tls_key", "tls_ca"):
             if not isinstance(getattr(self, name), str):
                 raise ConfigError(f"{name}: {getattr(self, name)!r} is not text")
         if not self.listen:
@@ -286,7 +292,17 @@ class DaemonConfig(StoreConfig):
             raise ConfigError(f"hold_seconds: {self.hold_seconds!r} is not a number of seconds")
         if not _is_a(int, self.io_threads) or not 1 <= self.io_threads <= 64:
             raise ConfigError(f"io_threads: {self.io_threads!r} is not between 1 and 64")
+        self._check_tls()
         self._check_tenants()
+
+    def _check_tls(self) -> None:
+        if bool(self.tls_cert) != bool(self.tls_key):
+            missing = "tls_key" if self.tls_cert else "tls_cert"
+            raise ConfigError(f"{missing}: a certificate needs its key, and a key its certificate")
+        if self.tls_ca and not self.tls_cert:
+            raise ConfigError("tls_ca: clients are asked for certificates by TLS; give tls_cert")
+        if self.tls_cert and not self.tcp:
+            raise ConfigError("tls_cert: it is for `tcp`, which is not set")
 
     def _check_tenants(self) -> None:
         if not isinstance(self.tenants, dict):

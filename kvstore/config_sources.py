@@ -18,6 +18,7 @@ from kvstore.errors import ConfigError
 
 _PREFIX = "KVSTORE_"
 TOKEN_VARIABLE = "KVSTORE_TOKEN"  # a secret: no setting, since settings are shown
+UCX_VARIABLE = "KVSTORE_UCX_LIB"
 # Of SGLang's hand-off, whose flags leave no room for settings of ours, and the mark by which its
 # processes know that it was asked for.
 _TRANSFER_VARIABLES = {
@@ -211,6 +212,11 @@ def choose_sglang_transfer() -> None:
 def is_sglang_transfer_chosen(environ: Mapping[str, str] | None = None) -> bool:
     found = os.environ if environ is None else environ
     return found.get(_SGLANG_TRANSFER_VARIABLE) == "1"
+
+
+def ucx_library_from_environment(environ: Mapping[str, str] | None = None) -> str:
+    """Return the path of the libucp to load from $KVSTORE_UCX_LIB; "" for whichever is found."""
+    return (os.environ if environ is None else environ).get(UCX_VARIABLE, "")
 
 
 def notify_socket(environ: Mapping[str, str] | None = None) -> str:

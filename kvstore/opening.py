@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvstore.block import BlockSpec, Namespace
+from kvstore.certificates import TlsFiles
 from kvstore.config import StoreConfig, load_config
 from kvstore.errors import ConfigError
 from kvstore.store import Store
@@ -76,6 +77,7 @@ def connect(
     token: str | Path | None = None,
     tenant: str = "",
     required: bool = True,
+    tls: TlsFiles | None = None,
 ) -> Store:
     """Connect to the store that a daemon keeps, or that another process shares.
 
@@ -85,13 +87,14 @@ def connect(
     is logged, and goes on to mean misses.
 
     Args:
-        address: "unix:/path/to.sock", or "tcp:host:port".
+        address: "unix:/path/to.sock", "tcp:host:port", or "tls:host:port".
         namespace, spec: as for `kvstore.open`.
         timeout: seconds that the daemon has to answer a call, on top of what the call itself asks
             it to wait for.
         token: the tenant's secret, or the `Path` of a file with mode 0600 that holds it.
         tenant: whose blocks these are, where the daemon knows tenants.
         required: whether the daemon must be there now.
+        tls: whom to trust, and our own certificate; for "tls:host:port" only.
 
     Raises:
         PeerUnavailableError, DeadlineExceededError: nobody listens or answers there, and that is
@@ -106,7 +109,7 @@ def connect(
     if not 0 < timeout < float("inf"):
         raise ConfigError(f"timeout: {timeout} is no number of seconds above 0")
     name = Namespace.of(namespace, spec)
-    target = Target.of(address, name, tenant, token)
+    target = Target.of(address, name, tenant, token, tls)
     control = RemoteControl(target, timeout, required=required)
     return Store(control, call_seconds=timeout)
 

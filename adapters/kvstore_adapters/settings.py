@@ -23,9 +23,10 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 class AdapterSettings:
     """Checked when built. Times are seconds.
 
-    address: of the daemon, "unix:/path.sock" or "tcp:host:port"; default: where `kvstore serve`
-        listens.
+    address: of the daemon, "unix:/path.sock", "tcp:host:port" or "tls:host:port"; default: where
+        `kvstore serve` listens.
     token_file, tenant: as for `kvstore.connect`.
+    tls_ca, tls_cert, tls_key: PEM files for "tls:" addresses, as `kvstore.TlsFiles` has them.
     timeout: that the daemon has to answer one call.
     load: "async": a request waits aside while its blocks come; "sync": the step waits for them.
     load_deadline: after which a load counts as failed and its tokens are computed.
@@ -42,6 +43,9 @@ class AdapterSettings:
     address: str = ""
     token_file: str = ""
     tenant: str = ""
+    tls_ca: str = ""
+    tls_cert: str = ""
+    tls_key: str = ""
     timeout: float = 1.0
     load: Load = "async"
     load_deadline: float = 5.0
@@ -71,7 +75,8 @@ class AdapterSettings:
         return cls(**given)
 
     def __post_init__(self) -> None:
-        for name in ("address", "token_file", "tenant", "model", "start_daemon"):
+        texts = ("address", "token_file", "tenant", "model", "start_daemon")
+        for name in (*texts, "tls_ca", "tls_cert", "tls_key"):
             _require(name, getattr(self, name), _is_text, "text")
         for name, (least, most) in _SECONDS.items():
             _require(name, getattr(self, name), _within(least, most), f"between {least} and {most}")
@@ -83,6 +88,12 @@ class AdapterSettings:
         _check_address("address", self.address)
         self._check_targets()
         self._check_start()
+
+    def tls_for(self, address: str) -> kvstore.TlsFiles | None:
+        """Return what `kvstore.connect` needs for an address; None where it is not encrypted."""
+        if not address.startswith("tls:"):
+            return None
+        return kvstore.TlsFiles(self.tls_ca, self.tls_cert, self.tls_key)
 
     def _check_targets(self) -> None:
         targets = self.push_targets
@@ -151,5 +162,7 @@ def _within(least: float, most: float) -> Callable[[object], bool]:
 
 
 def _check_address(name: str, address: object) -> None:
-    if not isinstance(address, str) or not address.startswith(("unix:/", "tcp:")):
-        raise ConfigError(f"{name}: {address!r} is not unix:/path.sock or tcp:host:port")
+    if not isinstance(address, str) or not address.startswith(("unix:/", "tcp:", "tls:")):
+        raise ConfigError(
+            f"{name}: {address!r} is not unix:/path.sock, tcp:host:port or tls:host:port"
+        )

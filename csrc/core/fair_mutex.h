@@ -17,6 +17,10 @@ public:
         const std::lock_guard<std::mutex> turn(queue_);
         mutex_.lock();
     }
+    bool try_lock() {
+        const std::unique_lock<std::mutex> turn(queue_, std::try_to_lock);
+        return turn.owns_lock() && mutex_.try_lock();
+    }
     void unlock() { mutex_.unlock(); }
     void lock_shared() {
         const std::lock_guard<std::mutex> turn(queue_);

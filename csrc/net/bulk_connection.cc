@@ -55,12 +55,20 @@ PieceStatus StatusOf(BulkConnection::End end) {
     }
 }
 
+// Whether that piece could lie anywhere.
+bool BulkMove::IsMemory(std::size_t i) const {
+    const std::uint64_t bytes = batch.lengths[i];
+    return bytes <= kBulkPieceBytesMax && bytes <= UINT64_MAX - batch.addresses[i];
+}
+
 bool BulkMove::Take(Range *range) {
     const std::lock_guard lock(mutex_);
+    while (next_ < batch.n && !IsMemory(next_)) batch.statuses[next_++] = PieceStatus::kRefused;
     range->first = next_;
     std::uint64_t bytes = 0;
     while (next_ < batch.n && next_ - range->first < kBulkPiecesMax) {
         if (next_ > range->first && bytes + batch.lengths[next_] > kRangeBytes) break;
+        if (!IsMemory(next_)) break;
         bytes += batch.lengths[next_++];
     }
     range->n = next_ - range->first;
@@ -86,8 +94,6 @@ BulkConnection::BulkConnection(const std::string &address, const std::string &se
 }
 
 BulkConnection::~BulkConnection() { close(fd_); }
-
-void BulkConnection::ShutDown() { shutdown(fd_, SHUT_RDWR); }
 
 void BulkConnection::Fail(Kind kind, const std::string &what, int status) const {
     throw ClientFailure(kind, address_ + ": " + what, status);
@@ -201,6 +207,7 @@ BulkConnection::End BulkConnection::Drive(BulkMove &move) {
         const bool moved = sent == Moved::kSome || received == Moved::kSome;
         if (sent == Moved::kLost && !moved) return End::kLost;
         if (flights_.empty()) continue;
+        if (move.closed->is_set()) return End::kLost;
         if (move.is_stopped() || (move.cancelled != nullptr && move.cancelled->is_set())) {
             return End::kCancelled;
         }

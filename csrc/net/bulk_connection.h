@@ -1,6 +1,6 @@
 // One connection of a link, and the part of a move that it carries.
 //
-// Thread safety: one thread at a time, but for ShutDown.
+// Thread safety: one thread at a time.
 #pragma once
 
 #include <atomic>
@@ -43,10 +43,11 @@ public:
         std::size_t first = 0;
         std::size_t n = 0;
     };
-    BulkMove(const BulkBatch &of, std::int64_t deadline, const CancelFlag *cancel)
-        : batch(of), deadline_ns(deadline), cancelled(cancel) {}
+    BulkMove(const BulkBatch &of, std::int64_t deadline, const CancelFlag *cancel,
+             const CancelFlag *closed)
+        : batch(of), deadline_ns(deadline), cancelled(cancel), closed(closed) {}
 
-    // False when all was taken.
+    // False when all was taken. Pieces that are no memory are refused on the way.
     bool Take(Range *range);
     // The move ends as soon as its connections see it.
     void Stop() { stopped_.Set(); }
@@ -54,9 +55,12 @@ public:
 
     const BulkBatch &batch;
     const std::int64_t deadline_ns;
-    const CancelFlag *const cancelled;
+    const CancelFlag *const cancelled;  // may be null
+    const CancelFlag *const closed;     // the link is
 
 private:
+    bool IsMemory(std::size_t i) const;
+
     CancelFlag stopped_;
     std::mutex mutex_;
     std::size_t next_ = 0;
@@ -92,8 +96,6 @@ public:
     bool is_silent() const { return silent_; }
     // False when the peer may still be taking in what a write sent.
     bool is_settled() const { return settled_; }
-    // From any thread: whatever is under way is lost.
-    void ShutDown();
 
 private:
     struct Flight {

@@ -22,6 +22,8 @@ constexpr std::size_t kStripesMax = 4;
 // Moves of several threads at a time find a connection each, up to so many.
 constexpr std::size_t kConnectionsMin = 8;
 constexpr std::int64_t kFlagNs = 5'000'000;
+// What connections in use have to notice that the link is closed.
+constexpr std::int64_t kCloseNs = 1'000'000'000;
 constexpr double kYearSeconds = 366.0 * 24 * 3600;
 
 // One core moves what one connection carries; the peer's part is done by others.
@@ -54,9 +56,8 @@ std::unique_ptr<BulkConnection> BulkLink::Open(std::int64_t deadline_ns) {
             address_, secret_, epoch_, timeout_ns_,
             std::min(deadline_ns, SteadyNowNs() + timeout_ns_), interrupted_);
         const std::lock_guard lock(mutex_);
-        if (closed_) throw ClientFailure(Kind::kConnection, address_ + ": closed");
+        if (closed_.is_set()) throw ClientFailure(Kind::kConnection, address_ + ": closed");
         lost_ = false;
-        busy_.push_back(connection.get());
         return connection;
     } catch (const ClientFailure &failure) {
         const std::lock_guard lock(mutex_);
@@ -64,7 +65,7 @@ std::unique_ptr<BulkConnection> BulkLink::Open(std::int64_t deadline_ns) {
         lost_ = lost_ || failure.kind != Kind::kInterrupted;
         is_another_ = is_another_ || (failure.kind == Kind::kRemote &&
                                       failure.status == static_cast<int>(Status::kIncompatible));
-        returned_.notify_one();
+        returned_.notify_all();
         throw;
     }
 }
@@ -74,7 +75,7 @@ std::unique_ptr<BulkConnection> BulkLink::Borrow(std::int64_t deadline_ns,
                                                  const CancelFlag *cancelled, bool may_wait) {
     std::unique_lock lock(mutex_);
     while (true) {
-        if (closed_) throw ClientFailure(Kind::kConnection, address_ + ": closed");
+        if (closed_.is_set()) throw ClientFailure(Kind::kConnection, address_ + ": closed");
         if (is_another_) {
             throw ClientFailure(Kind::kRemote, address_ + ": the peer was started anew",
                                 static_cast<int>(Status::kIncompatible));
@@ -82,10 +83,7 @@ std::unique_ptr<BulkConnection> BulkLink::Borrow(std::int64_t deadline_ns,
         while (!idle_.empty()) {
             std::unique_ptr<BulkConnection> connection = std::move(idle_.back());
             idle_.pop_back();
-            if (connection->IsOpen()) {
-                busy_.push_back(connection.get());
-                return connection;
-            }
+            if (connection->IsOpen()) return connection;
             --num_open_;
             lost_ = true;
         }
@@ -105,28 +103,26 @@ std::unique_ptr<BulkConnection> BulkLink::Borrow(std::int64_t deadline_ns,
 
 void BulkLink::Return(std::unique_ptr<BulkConnection> connection) {
     const std::lock_guard lock(mutex_);
-    busy_.erase(std::find(busy_.begin(), busy_.end(), connection.get()));
-    if (closed_) {
+    if (closed_.is_set()) {
         --num_open_;
-        return;
+    } else {
+        idle_.push_back(std::move(connection));
     }
-    idle_.push_back(std::move(connection));
-    returned_.notify_one();
+    returned_.notify_all();
 }
 
 // After anything went wrong on it.
 void BulkLink::Discard(std::unique_ptr<BulkConnection> connection, bool is_lost) {
     if (!connection->is_settled()) settled_.store(false);
     const std::lock_guard lock(mutex_);
-    busy_.erase(std::find(busy_.begin(), busy_.end(), connection.get()));
     --num_open_;
     lost_ = lost_ || is_lost;
-    returned_.notify_one();
+    returned_.notify_all();
 }
 
 bool BulkLink::is_alive() {
     const std::lock_guard lock(mutex_);
-    if (closed_ || is_another_) return false;
+    if (closed_.is_set() || is_another_) return false;
     const auto gone = std::remove_if(idle_.begin(), idle_.end(),
                                      [](const auto &each) { return !each->IsOpen(); });
     if (gone != idle_.end()) {
@@ -137,13 +133,15 @@ bool BulkLink::is_alive() {
     return !lost_;
 }
 
-void BulkLink::Close() {
-    const std::lock_guard lock(mutex_);
-    closed_ = true;
+bool BulkLink::Close() {
+    std::unique_lock lock(mutex_);
+    closed_.Set();
     num_open_ -= idle_.size();
     idle_.clear();
-    for (BulkConnection *connection : busy_) connection->ShutDown();
     returned_.notify_all();
+    const bool ended = returned_.wait_for(lock, std::chrono::nanoseconds(kCloseNs),
+                                          [&] { return num_open_ == 0; });
+    return ended && settled_.load();
 }
 
 // --- moves
@@ -188,9 +186,12 @@ BulkConnection::End BulkLink::Carry(BulkMove &move, bool may_wait) {
 }
 
 void BulkLink::Move(const BulkBatch &batch, double timeout_seconds, const CancelFlag *cancelled) {
-    BulkMove move(batch, DeadlineAfter(SteadyNowNs(), timeout_seconds, kYearSeconds), cancelled);
+    BulkMove move(batch, DeadlineAfter(SteadyNowNs(), timeout_seconds, kYearSeconds), cancelled,
+                  &closed_);
     std::uint64_t bytes = 0;
-    for (std::size_t i = 0; i < batch.n; ++i) bytes += batch.lengths[i];
+    for (std::size_t i = 0; i < batch.n; ++i) {
+        bytes += std::min(batch.lengths[i], kBulkPieceBytesMax);
+    }
     const std::size_t stripes = std::clamp<std::uint64_t>(bytes / kStripeBytesMin, 1, stripes_);
     std::vector<std::thread> extra;
     for (std::size_t i = 1; i < stripes; ++i) {

@@ -46,8 +46,9 @@ public:
     bool is_alive();
     // False when a write was given up whose bytes the peer may still be taking in.
     bool is_settled() const { return settled_.load(); }
-    // From now on every move is lost, those under way too.
-    void Close();
+    // From now on every move is lost, those under way too, which are waited for. Whether it is
+    // settled then.
+    bool Close();
 
 private:
     using Connections = std::vector<std::unique_ptr<BulkConnection>>;
@@ -67,13 +68,12 @@ private:
     const std::size_t connections_max_;
     const InterruptedHook interrupted_;
     std::atomic<bool> settled_{true};
+    CancelFlag closed_;
 
     std::mutex mutex_;  // guards what follows
     std::condition_variable returned_;
     Connections idle_;
-    std::vector<BulkConnection *> busy_;
     std::size_t num_open_ = 0;  // and being opened
-    bool closed_ = false;
     bool lost_ = false;
     bool is_another_ = false;  // a peer with another epoch is there
 };

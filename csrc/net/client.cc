@@ -68,6 +68,11 @@ ClientConnection::ClientConnection(const std::string &address, double timeout_se
     fd_.store(Dial(address, deadline_ns_, timeout_seconds, interrupted));
 }
 
+ClientConnection::ClientConnection(int fd, const std::string &address, InterruptedHook interrupted)
+    : address_(address), interrupted_(interrupted) {
+    fd_.store(fd);
+}
+
 ClientConnection::~ClientConnection() { Close(); }
 
 void ClientConnection::Close() {

@@ -28,6 +28,8 @@ public:
     // Throws ClientFailure: kTimeout, kConnection; std::invalid_argument for another address.
     ClientConnection(const std::string &address, double timeout_seconds,
                      InterruptedHook interrupted);
+    // Over a connected socket, which is now its own; errors call the peer `address`.
+    ClientConnection(int fd, const std::string &address, InterruptedHook interrupted);
     ~ClientConnection();
     ClientConnection(const ClientConnection &) = delete;
     ClientConnection &operator=(const ClientConnection &) = delete;

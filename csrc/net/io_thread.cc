@@ -128,6 +128,10 @@ void Server::IoThread::Execute(Command &command) {
         listeners_.push_back(std::move(listener));
         return;
     }
+    if (command.kind == Command::Kind::kServe) {
+        Welcome(command.fd, false);
+        return;
+    }
     if (command.kind == Command::Kind::kAdopt) {
         Adopt(command.fd, command.peer);
         return;

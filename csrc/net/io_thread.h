@@ -22,9 +22,9 @@
 namespace kvstore {
 
 struct Server::Command {
-    enum class Kind { kListen, kAdopt, kAnswer, kHangUp, kRetry };
+    enum class Kind { kListen, kServe, kAdopt, kAnswer, kHangUp, kRetry };
     Kind kind = Kind::kRetry;
-    int fd = -1;  // kListen, kAdopt
+    int fd = -1;  // kListen, kServe, kAdopt
     Peer peer{};  // kAdopt; its connection for kAnswer and kHangUp
     std::uint64_t task = 0;
     std::uint8_t status = 0;

@@ -64,6 +64,20 @@ bool Server::Listen(int fd, bool is_local) {
     return true;
 }
 
+bool Server::Serve(int fd) {
+    std::lock_guard lock(mutex_);
+    if (stopped_) {
+        close(fd);
+        return false;
+    }
+    fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
+    Command command;
+    command.kind = Command::Kind::kServe;
+    command.fd = fd;
+    Post(0, std::move(command));
+    return true;
+}
+
 void Server::Post(std::size_t thread, Command command) {
     threads_[thread]->Post(std::move(command));
 }

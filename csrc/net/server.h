@@ -37,6 +37,9 @@ public:
     // Takes connections from a bound, listening socket, which is duplicated. False, with errno,
     // when that fails or the server has stopped.
     bool Listen(int fd, bool is_local);
+    // Serves a connected socket as one that came over TCP: what its other end is, the caller knows.
+    // It is the server's from now on, also when this fails. False when the server has stopped.
+    bool Serve(int fd);
 
     // Null when none came until the deadline (steady clock), and after Stop().
     std::unique_ptr<Task> NextTask(std::int64_t deadline_ns);

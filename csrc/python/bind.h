@@ -12,6 +12,7 @@ void BindQuant(pybind11::module_ &m);
 void BindIo(pybind11::module_ &m);
 void BindPolicy(pybind11::module_ &m);
 void BindNet(pybind11::module_ &m);
+void BindUcx(pybind11::module_ &m);
 void BindMove(pybind11::module_ &m);
 void BindBulk(pybind11::module_ &m);
 

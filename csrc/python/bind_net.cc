@@ -135,7 +135,8 @@ std::int64_t DeadlineNs(double seconds) {
 
 bool AddClient(PyServer &self, std::uint64_t connection, std::uint64_t client, std::uint64_t owner,
                std::int64_t namespace_id, bool may_map, bool may_map_writable, bool notices,
-               bool notice_used, const std::string &label, std::size_t block_tokens) {
+               bool notice_used, const std::string &label, std::size_t block_tokens, bool may_read,
+               bool may_write) {
     ClientTerms terms;
     if (client == 0) throw std::invalid_argument("client must not be 0");
     if (namespace_id >= 0) {
@@ -151,6 +152,8 @@ bool AddClient(PyServer &self, std::uint64_t connection, std::uint64_t client, s
     terms.may_map_writable = may_map_writable;
     terms.notices = notices;
     terms.notice_used = notice_used;
+    terms.may_read = may_read;
+    terms.may_write = may_write;
     terms.label = label;
     terms.block_tokens = block_tokens;
     return self.services().roster.AddClient(connection, std::move(terms));
@@ -266,6 +269,13 @@ void BindServer(py::module_ &m) {
             },
             "fd"_a, "is_local"_a)
         .def(
+            "serve",
+            [](PyServer &self, int fd) {
+                if (fd < 0) throw std::invalid_argument("fd must be a socket's");
+                return self.server().Serve(fd);
+            },
+            "fd"_a)
+        .def(
             "next_task",
             [](PyServer &self, double timeout) {
                 const std::int64_t deadline = DeadlineNs(timeout);
@@ -275,7 +285,7 @@ void BindServer(py::module_ &m) {
             "timeout"_a)
         .def("add_client", &AddClient, "connection"_a, "client"_a, "owner"_a, "namespace_id"_a,
              py::kw_only(), "may_map"_a, "may_map_writable"_a, "notices"_a, "notice_used"_a,
-             "label"_a, "block_tokens"_a = 0)
+             "label"_a, "block_tokens"_a = 0, "may_read"_a = true, "may_write"_a = true)
         .def(
             "join_client",
             [](PyServer &self, std::uint64_t connection, std::uint64_t client) {
@@ -642,6 +652,13 @@ void BindClient(py::module_ &m) {
     // No conversions: a wrong dtype is an error that is seen, not a silent copy.
     py::class_<ClientConnection>(m, "Connection")
         .def(py::init(&Connect), "address"_a, "timeout"_a)
+        .def_static(
+            "over",
+            [](int fd, const std::string &address) {
+                if (fd < 0) throw std::invalid_argument("fd must be a socket's");
+                return std::make_unique<ClientConnection>(fd, address, &SignalRaised);
+            },
+            "fd"_a, "address"_a)
         .def("call", &Call, "op"_a, "body"_a, "timeout"_a)
         .def("map", &Map, "writable"_a, "timeout"_a)
         .def("match", &Match, "hashes"_a, "start"_a, "parent"_a, "timeout"_a)
@@ -713,6 +730,24 @@ void BindNet(py::module_ &m) {
     py::class_<EchoServer>(m, "EchoServer")
         .def(py::init<int>(), "fd"_a)
         .def("stop", &EchoServer::Stop, py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "refusal",
+        [](const py::bytes &header, int status,
+           const py::bytes &message) -> std::optional<py::bytes> {
+            const auto *data =
+                reinterpret_cast<const std::uint8_t *>(PyBytes_AS_STRING(header.ptr()));
+            FrameHeader asked;
+            if (PyBytes_GET_SIZE(header.ptr()) != static_cast<Py_ssize_t>(kHeaderBytes) ||
+                status < 1 || status > 255 || !DecodeHeader(data, &asked)) {
+                return std::nullopt;
+            }
+            const auto length = static_cast<std::uint32_t>(PyBytes_GET_SIZE(message.ptr()));
+            std::string frame(kHeaderBytes, '\0');
+            EncodeHeader({asked.op, static_cast<std::uint8_t>(status), length, asked.id},
+                         reinterpret_cast<std::uint8_t *>(frame.data()));
+            return py::bytes(frame + std::string(message));
+        },
+        "header"_a, "status"_a, "message"_a);
     m.def(
         "echo_round_trips",
         [](const std::string &address, std::size_t request_bytes, std::size_t reply_bytes,

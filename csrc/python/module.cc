@@ -10,6 +10,7 @@ PYBIND11_MODULE(_native, m) {
     kvstore::BindPolicy(m);
     kvstore::BindCore(m);
     kvstore::BindNet(m);
+    kvstore::BindUcx(m);
     kvstore::BindMove(m);
     kvstore::BindBulk(m);
 }

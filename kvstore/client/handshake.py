@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import builtins
 import secrets
+import ssl
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kvstore import auth, errors, wire
+from kvstore import auth, errors, tls, wire
 from kvstore._native import Connection, ProtocolError, RemoteError
 from kvstore.address import tcp_address, unix_path
 from kvstore.block import Namespace
+from kvstore.certificates import TlsFiles
 from kvstore.errors import (
     ConfigError,
     DeadlineExceededError,
@@ -27,22 +29,36 @@ _SECONDS_MIN = 0.001  # what is left of a deadline, at least: 0 could mean none
 class Target:
     """Whom to connect to, and as whom."""
 
-    address: str  # unix:/path or tcp:host:port
+    address: str  # unix:/path, tcp:host:port or tls:host:port
     namespace: Namespace
     tenant: str = ""
     secret: bytes = field(default=b"", repr=False)
+    tls: ssl.SSLContext | None = None
+    tls_name: str = ""  # what its certificate must have; "": the host
     is_peer: bool = False  # we are a daemon, `tenant` is whom we act for, `secret` the peers' own
 
     @classmethod
     def of(
-        cls, address: str, namespace: Namespace, tenant: str = "", token: str | Path | None = None
+        cls,
+        address: str,
+        namespace: Namespace,
+        tenant: str = "",
+        token: str | Path | None = None,
+        tls: TlsFiles | None = None,
     ) -> Target:
         """Check what a user gave; `token` is the secret itself, or the path of its file.
 
         Raises:
-            ConfigError: the address or the token is wrong.
+            ConfigError: the address, the token or a file of TLS is wrong.
         """
-        if address.startswith("tcp:"):
+        context, tls_name = None, ""
+        if address.startswith("tls:"):
+            tcp_address(address)
+            files = tls or TlsFiles()
+            context, tls_name = files.client_context(), files.server_name
+        elif tls is not None:
+            raise ConfigError(f"tls: {address} is not of the form tls:host:port")
+        elif address.startswith("tcp:"):
             tcp_address(address)
         else:
             unix_path(address)
@@ -51,7 +67,7 @@ class Target:
             secret = auth.read_secret(token, "token")
         elif token is not None:
             secret = auth.check_secret(token.encode(), "token")
-        return cls(address, namespace, tenant, secret)
+        return cls(address, namespace, tenant, secret, tls=context, tls_name=tls_name)
 
 
 def error_of(error: RemoteError) -> Exception:
@@ -86,14 +102,21 @@ def dial(target: Target, token: bytes, timeout: float) -> tuple[Connection, wire
         KVStoreError: the daemon refused; the message is its own.
     """
     deadline = time.monotonic() + timeout
+    relay = None
     try:
-        connection = Connection(target.address, timeout)
+        if target.tls is not None:
+            connection, relay = tls.dial(target.address, target.tls, target.tls_name, timeout)
+        else:
+            connection = Connection(target.address, timeout)
     except (OSError, ProtocolError) as error:
         raise unreachable(error) from error
     try:
         return connection, _greet(connection, target, token, deadline)
     except (OSError, ProtocolError) as error:
         connection.close()
+        if relay is not None and relay.failure:
+            # In TLS 1.3 a server looks at our certificate when we think that all is well.
+            raise IncompatibleError(f"{target.address}: TLS: {relay.failure}") from error
         raise unreachable(error) from error
     except RemoteError as error:
         connection.close()

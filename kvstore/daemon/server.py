@@ -18,6 +18,7 @@ import logging
 import os
 import secrets
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -31,6 +32,7 @@ from kvstore.daemon.processes import process_start
 from kvstore.daemon.requests import Administered, Client, Requests
 from kvstore.daemon.sockets import address_of, listen_unix, unlink_socket
 from kvstore.daemon.tenants import DEFAULT, Identity, Peer, Tenants
+from kvstore.daemon.tls import TlsPort
 from kvstore.daemon.waiting import Waiting
 from kvstore.errors import (
     ConfigError,
@@ -78,6 +80,7 @@ class Server:
         """`listeners`: see `listen`. `offer`: how peers reach the arena."""
         self._tiers = tiers
         self._listeners: list[socket.socket] = []
+        self._tls_ports: list[TlsPort] = []
         self.addresses: list[str] = []
         self._tenants = tenants or Tenants({}, {}, os.geteuid())
         self._may_write = client_writes == "in_place"
@@ -99,9 +102,15 @@ class Server:
         for listener in listeners:
             self.listen(listener)
 
-    def listen(self, listener: socket.socket) -> None:
-        """Take over a listening socket, and answer whoever connects or has connected there. It is
-        closed, and one of a path removed, by `close`."""
+    def listen(self, listener: socket.socket, tls: ssl.SSLContext | None = None) -> None:
+        """Take over a listening socket, and answer whoever connects or has connected there, in the
+        clear or by TLS. It is closed, and one of a path removed, by `close`."""
+        if tls is not None:
+            port = TlsPort(listener, tls, self._native.serve)
+            self._tls_ports.append(port)
+            self.addresses.append(port.address)
+            port.start()
+            return
         self._listeners.append(listener)
         self.addresses.append(address_of(listener))
         self._native.listen(listener.fileno(), listener.family == socket.AF_UNIX)
@@ -153,6 +162,8 @@ class Server:
             self._tiers.outside.remove(self._counted)
         self._native.stop()
         deadline = time.monotonic() + _CLOSE_SECONDS
+        for port in self._tls_ports:
+            port.close(deadline - time.monotonic())
         self._thread.join(_CLOSE_SECONDS)
         for lane in (*self._look_lanes, *self._wait_lanes, self._check_lane):
             lane.shutdown(deadline - time.monotonic())
@@ -341,6 +352,8 @@ class Server:
                 may_map_writable=may_write,
                 notices=tiers.ssd is not None,
                 notice_used=tiers.wants_used,
+                may_read=not (identity.is_peer and tiers.config.peer_require_rdma),
+                may_write=not identity.is_peer,
                 label=_label(identity, name),
                 block_tokens=control.namespace.spec.block_tokens if control else 0,
             ):

@@ -20,6 +20,7 @@ import secrets
 import select
 import signal
 import socket
+import ssl
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +34,7 @@ import numpy as np
 from kvstore import _native, tracing
 from kvstore.address import tcp_address
 from kvstore.auth import private_directory, read_secret
+from kvstore.certificates import TlsFiles
 from kvstore.config import DaemonConfig, parse_bytes
 from kvstore.config_sources import fallback_directory, notify_socket
 from kvstore.daemon import report
@@ -135,6 +137,7 @@ class Service:
         listeners = [self._listening(listen_unix(config.socket_path, mode))]
         if config.tcp:
             listeners.append(self._listening(listen_tcp(*tcp_address(config.tcp))))
+        tls = _tls(config)
         self._holding = Holding(directory, config.hold_seconds)
         undo.callback(self._holding.close, 2.0)
         self._tiers = self._open_tiers(adopt)
@@ -155,10 +158,11 @@ class Service:
         )
         undo.callback(self._server.close)
         # Whoever is answered may ask for our status, so all that it shows is there by now.
-        self.addresses = [address_of(listener) for listener in listeners]
+        self.addresses = [address_of(listener, is_tls=tls is not None) for listener in listeners]
         self.state = "serving"
         for listener in listeners:
-            self._server.listen(listener)
+            is_unix = listener.family == socket.AF_UNIX
+            self._server.listen(listener, None if is_unix else tls)
         each_second: list[Callable[[], object]] = [
             self._holding.check,
             self._tiers.core.expire_leases,
@@ -537,3 +541,10 @@ def _block(row: np.void) -> dict[str, Any]:
 def _shown(client: Mapping[str, Any]) -> dict[str, Any]:
     address = client.get("address") or ("unix" if client["uid"] >= 0 else "tcp")
     return {**client, "address": address}
+
+
+def _tls(config: DaemonConfig) -> ssl.SSLContext | None:
+    """Return what `tcp` encrypts by; None: it does not."""
+    if not config.tls_cert:
+        return None
+    return TlsFiles(config.tls_ca, config.tls_cert, config.tls_key).server_context()

@@ -75,13 +75,13 @@ def listen_tcp(host: str, port: int) -> socket.socket:
     return listener
 
 
-def address_of(listener: socket.socket) -> str:
-    """Return "unix:/path" or "tcp:host:port"."""
+def address_of(listener: socket.socket, *, is_tls: bool = False) -> str:
+    """Return "unix:/path", "tcp:host:port" or "tls:host:port"."""
     name = listener.getsockname()
     if listener.family == socket.AF_UNIX:
         return f"unix:{name}"
     host = f"[{name[0]}]" if ":" in name[0] else name[0]
-    return f"tcp:{host}:{name[1]}"
+    return f"{'tls' if is_tls else 'tcp'}:{host}:{name[1]}"
 
 
 def unlink_socket(address: str) -> None:

@@ -7,6 +7,7 @@ each stream. So whoever reuses memory too early, or forgets an event, reads wron
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import os
 import threading
@@ -239,13 +240,25 @@ class HostDevice:
         assert isinstance(plan, _Plan)
         begin, end = payload or (0, plan.table.block_bytes)
         for address in addresses.tolist():
-            self._check(address, plan.table.block_bytes, is_written=is_gather)
+            self._check(address + begin, end - begin, is_written=is_gather)
         ids, places, copy_plan = block_ids.copy(), addresses.copy(), plan.copy_plan
+        rows = np.empty((len(ids), plan.table.block_bytes), np.uint8)
+        own = rows.ctypes.data + rows.strides[0] * np.arange(len(ids), dtype=np.uint64)
         copy = _native.gather_range if is_gather else _native.scatter_range
 
+        def move() -> None:
+            for place, row in zip(places.tolist(), own.tolist(), strict=True):
+                to, source = (place, row) if is_gather else (row, place)
+                ctypes.memmove(to + begin, source + begin, end - begin)
+
         def run() -> bool:
-            copy(copy_plan, ids, places, begin, end)
-            return True
+            # Through rows of our own: of a part of a block there may be no more than that part.
+            if not is_gather:
+                move()
+            copy(copy_plan, ids, own, begin, end)
+            if is_gather:
+                move()
+            return len(rows) > 0  # which keeps them until now
 
         if len(ids) and begin < end:
             self._enqueue(stream, run)

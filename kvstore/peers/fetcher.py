@@ -37,6 +37,7 @@ FLIGHTS_MAX = 8  # at a time
 QUEUED_MAX = 1024  # requests; more are not begun
 ROUNDS_MAX = 4  # flights of one request: something failed, and may go well another time
 _PENDING_SECONDS = 1.0  # for blocks that somebody else is writing here
+_WAIT_SLICE_SECONDS = 0.25
 _BEING_WRITTEN = 4  # residency
 
 Find = Callable[[str, Wanted], Source]  # the holder at an address, for a tenant's namespace
@@ -198,13 +199,22 @@ class Fetcher:
         if there == len(wanted.hashes):
             return False
         if self._is_being_written(wanted, there):
-            left = min(_PENDING_SECONDS, request.deadline - time.monotonic())
-            self._core.wait_for(
-                wanted.number, wanted.hashes.array, wanted.hashes.start, there + 1, max(0.0, left)
-            )
-            return self._available(wanted) > there
+            until = min(request.deadline, time.monotonic() + _PENDING_SECONDS)
+            return self._wait_for_writer(wanted, there, until) and request.rounds < ROUNDS_MAX
         # What failed may go well another time.
         return there >= end or (flight.had_trouble and request.rounds < ROUNDS_MAX)
+
+    def _wait_for_writer(self, wanted: Wanted, block: int, until: float) -> bool:
+        """Wait for who writes this block here; return whether that has ended."""
+        while not self._closing.is_set():
+            seen = self._core.change_count
+            if not self._is_being_written(wanted, block):
+                return True
+            left = until - time.monotonic()
+            if left <= 0:
+                break
+            self._core.wait_for_change(seen, min(left, _WAIT_SLICE_SECONDS))
+        return False
 
     def _is_being_written(self, wanted: Wanted, block: int) -> bool:
         found = self._core.residency(wanted.number, wanted.hashes.array[block : block + 1])

@@ -25,6 +25,7 @@ import kvstore
 from kvstore.bench.serving import PrivateDaemon, RunningDaemon
 from kvstore.cli import build_app
 from kvstore_adapters.reference import workload
+from kvstore_adapters.reference.cluster_settings import Mode
 from kvstore_adapters.reference.counters import TransferCounters
 from kvstore_adapters.reference.demo_report import (
     WARM,
@@ -34,7 +35,7 @@ from kvstore_adapters.reference.demo_report import (
     table,
     tokens_identical,
 )
-from kvstore_adapters.reference.pd import Mode, RequestResult, RunResult
+from kvstore_adapters.reference.results import RequestResult, RunResult
 from kvstore_adapters.reference.tokenizer import ByteTokenizer
 
 if sys.version_info >= (3, 11):

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 pytest.importorskip("torch")
 
 import kvstore
+from kvstore_adapters.reference.cluster_settings import ClusterSettings, Mode
 from kvstore_adapters.reference.messages import (
     FRAME_BYTES_MAX,
     Attach,
@@ -33,15 +34,9 @@ from kvstore_adapters.reference.messages import (
     ToWorker,
     frame,
 )
-from kvstore_adapters.reference.pd import (
-    Cluster,
-    ClusterSettings,
-    Mode,
-    Prompt,
-    RequestResult,
-    Role,
-    RunResult,
-)
+from kvstore_adapters.reference.pd import Cluster
+from kvstore_adapters.reference.results import Prompt, RequestResult, RunResult
+from kvstore_adapters.reference.worker_handle import Role
 
 NANO = ModelSource(size="nano", seed=5)
 SESSIONS = [

@@ -13,11 +13,10 @@ from tests.gpu.fake_cuda import FakeCuda, build
 
 
 @pytest.fixture(scope="session")
-def fake_library(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+def fake_library() -> Path:
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
-    base = tmp_path_factory.getbasetemp()
-    return build(base if worker_id == "master" else base.parent)
+    return build()
 
 
 @pytest.fixture

@@ -29,8 +29,10 @@ IMAGE = b"\x7fELF"
 ALLOCATIONS, REGISTERED, OPENED, STREAMS, EVENTS, PINNED = range(6)
 
 
-def build(directory: Path, *, with_headers: bool | None = None) -> Path:
-    """Compile the fake into `directory`, unless it is there; against NVIDIA's headers if found."""
+def build(*, with_headers: bool | None = None) -> Path:
+    """Compile the fake, unless it is there already; against NVIDIA's headers where they are."""
+    directory = ROOT / "build" / "fake-cuda"
+    directory.mkdir(parents=True, exist_ok=True)
     if with_headers is None:
         with_headers = (HEADERS / "cudaTypedefs.h").exists()
     digest = hashlib.sha256(str(with_headers).encode())

@@ -37,7 +37,8 @@ class Shadow:
         itemsize = np.dtype(dtype).itemsize
         begin = -(-(self._used + gap) // itemsize) * itemsize
         self._used = begin + int(np.prod(shape)) * itemsize
-        return self.bytes[begin : self._used].view(dtype).reshape(shape)
+        array: npt.NDArray[Any] = self.bytes[begin : self._used].view(dtype).reshape(shape)
+        return array
 
     def prepare(self, device: Device, buffers: BlockBuffers, address: int) -> PreparedPlan:
         """The plan of `buffers`, whose memory is ours, over the device's copy at `address`."""

@@ -11,7 +11,7 @@ import numpy as np
 from .demo_report import DemoRun
 
 if TYPE_CHECKING:
-    from .pd import RequestResult
+    from .results import RequestResult
 
 PHASE_COLORS = ("#bbccee", "#eecc88", "#ccddaa")
 # One for each run of demo_report.Name.

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from kvstore.bench.report import commit, machine
 
+from .cluster_settings import Mode
 from .counters import TransferCounters
-from .pd import Mode, RequestResult, RunResult
+from .results import RequestResult, RunResult
 
 if TYPE_CHECKING:
     from rich.console import Group

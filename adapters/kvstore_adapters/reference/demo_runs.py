@@ -13,9 +13,11 @@ from kvstore import ConfigError, DeadlineExceededError
 from kvstore.bench.serving import PrivateDaemon, RunningDaemon
 
 from . import tokenizer as tokenizers
+from .cluster_settings import ClusterSettings, Mode
 from .demo_report import DemoRun, Name
 from .messages import ModelSource
-from .pd import Cluster, ClusterSettings, Mode, Prompt, RequestResult
+from .pd import Cluster
+from .results import Prompt, RequestResult
 from .scheduler import WorkerSettings
 from .workload import make_sessions
 

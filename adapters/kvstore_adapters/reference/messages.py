@@ -2,7 +2,7 @@
 
 A frame is a 4-byte little-endian length and a JSON object. The socket is one end of a pair that the
 router made, so no one else can speak on it; lengths are capped all the same. KV never goes this
-way.
+way, but the control messages of a hand-off do: the router passes them on from worker to worker.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from kvstore import IncompatibleError
+from kvstore import ConfigError, IncompatibleError
+from kvstore.transport import MOVERS
+from kvstore.transport.handoff import CODECS, Direction, HandoffCounters, HandoffMessage
 
 from .counters import TransferCounters
 from .scheduler import WorkerSettings
@@ -34,6 +36,39 @@ class ModelSource(Message):
     seed: int = 0
 
 
+class HandoffSetup(Message):
+    """How workers hand off KV.
+
+    listen: where tcp and ucx listen, of a host that the other workers reach.
+    codec: "none", or a lossy one that encodes it on the wire: tokens may differ then.
+    timeout_s: a peer that gives no sign for so long is given up.
+    wait_s: for so long a decode worker waits for what is missing when the prefill is done.
+    lease_s: for so long, at most, a prefill worker keeps pages for a decode worker.
+    """
+
+    direction: str = "push"
+    transport: str = "auto"
+    listen: str = "127.0.0.1"
+    codec: str = "none"
+    timeout_s: float = 2.0
+    wait_s: float = 10.0
+    lease_s: float = 120.0
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("direction", tuple(each.value for each in Direction)),
+            ("transport", ("auto", *MOVERS)),
+            ("codec", ("none", *CODECS)),
+        ):
+            if getattr(self, name) not in choices:
+                raise ConfigError(
+                    f"{name}: {getattr(self, name)!r} is not one of {', '.join(choices)}"
+                )
+        for name in ("timeout_s", "wait_s", "lease_s"):
+            if not 0 < getattr(self, name) <= 3600:
+                raise ConfigError(f"{name}: {getattr(self, name)} is not between 0 and 3600")
+
+
 # --- to a worker
 
 
@@ -46,20 +81,48 @@ class Setup(Message, tag="setup"):
 
 
 class Attach(Message, tag="attach"):
-    """Connect to the store at `address`; None: work without one."""
+    """Connect to the store at `address`; None: work without one. `handoff`: take part in them."""
 
     address: str | None
+    handoff: HandoffSetup | None = None
     read: bool = True
     write: bool = True
     layerwise: bool = False
 
 
 class Submit(Message, tag="submit"):
+    """`send_as`: hand the prompt's blocks off, under this name."""
+
     request_id: str
     prompt_token_ids: list[int]
     max_new_tokens: int
     output_token_ids: list[int]
     stop_token_ids: list[int]
+    send_as: str = ""
+
+
+class Prepare(Message, tag="prepare"):
+    """This request is prefilled elsewhere; its blocks come as hand-off `receive_as`, and Submit
+    comes when its first token is known.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    max_new_tokens: int
+    receive_as: str
+
+
+class Relay(Message, tag="relay"):
+    """A message of a hand-off, either way: from one worker, for the other one."""
+
+    handoff_id: str
+    message: HandoffMessage
+
+
+class PeerLost(Message, tag="peer-lost"):
+    """The process at the other end of this hand-off is dead."""
+
+    handoff_id: str
 
 
 class Cancel(Message, tag="cancel"):
@@ -70,7 +133,7 @@ class Report(Message, tag="report"):
     pass
 
 
-ToWorker = Setup | Attach | Submit | Cancel | Report
+ToWorker = Setup | Attach | Submit | Prepare | Relay | PeerLost | Cancel | Report
 
 # --- from a worker
 
@@ -117,6 +180,7 @@ class Counters(Message, tag="counters"):
 
     counters: TransferCounters
     reaches_store: bool
+    handoff: HandoffCounters
 
 
 class Failed(Message, tag="failed"):
@@ -126,7 +190,7 @@ class Failed(Message, tag="failed"):
     wrong_setting: bool
 
 
-FromWorker = Ready | Attached | Tokens | Refused | Counters | Failed
+FromWorker = Ready | Attached | Tokens | Refused | Relay | Counters | Failed
 
 _T = TypeVar("_T")
 

@@ -37,7 +37,7 @@ class PendingLoad(Protocol):
         """How many layers, from the first, are there for all blocks. 0 where blocks come whole."""
 
     def wait_layer(self, layer: int) -> bool:
-        """Wait until that layer is there for all blocks; False: it will not come, or not in time."""
+        """Wait until that layer is there for all blocks; False: it does not come in time."""
 
 
 class WholeLoad:

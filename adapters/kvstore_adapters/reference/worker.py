@@ -118,11 +118,7 @@ class ReferenceWorker:
         self._transfer.poll()
         plan = self._scheduler.schedule()
         if not plan:
-            running = self._scheduler.running
-            loading = [s for s in running if s.loading is not None and not s.awaits_token]
-            if loading:
-                self._scheduler.finish_load(loading[0])
-                plan = self._scheduler.schedule()
+            plan = self._wait_for_a_load()
         self.is_stalled = not plan
         logits = self._compute(plan) if plan else None
         if logits is None:
@@ -136,6 +132,15 @@ class ReferenceWorker:
                 token = sample(logits[row], request.temperature, request.seed, position)
                 outputs.append(self._put_out(sequence, token))
         return outputs
+
+    def _wait_for_a_load(self) -> list[Work]:
+        """Wait for the oldest sequence that has nothing else to wait for."""
+        for sequence in self._scheduler.running:
+            if sequence.loading is not None and not sequence.awaits_token:
+                if not sequence.loading.wait_layer(0):
+                    self._scheduler.finish_load(sequence)
+                return self._scheduler.schedule()
+        return []
 
     def _compute(self, plan: list[Work]) -> Tensor | None:
         """The logits; None when a layer did not come that this ran behind."""

@@ -2,24 +2,27 @@
 
 Started by `pd.Cluster`, which holds the other end of the socket FD. The process ends when that end
 is closed, however the router died. One thread computes; a lost store is a slower worker, not a dead
-one.
+one. Another reads the socket, so that what hand-offs say is heard while a step is computed.
 """
 
 from __future__ import annotations
 
-import selectors
+import queue
 import socket
 import sys
+import threading
 import time
-from collections import deque
+from contextlib import suppress
 
 import torch
 
 import kvstore
-from kvstore import ConfigError, KVStoreError, Namespace
+from kvstore import ConfigError, IncompatibleError, KVStoreError, Namespace
+from kvstore.transport.handoff import HandoffCounters, HandoffMessage
 
 from . import checkpoint
 from .counters import TransferCounters
+from .handoff_transfer import HandoffTransfer
 from .messages import (
     Attach,
     Attached,
@@ -30,8 +33,11 @@ from .messages import (
     FromWorker,
     ModelSource,
     NewToken,
+    PeerLost,
+    Prepare,
     Ready,
     Refused,
+    Relay,
     Report,
     Setup,
     Submit,
@@ -41,7 +47,10 @@ from .messages import (
 )
 from .scheduler import Request
 from .store_transfer import StoreTransfer, namespace_of
+from .transfer import NoTransfer
 from .worker import Output, ReferenceWorker
+
+STALL_SECONDS = 0.5  # after which a worker that waits for news looks again
 
 
 class RouterGoneError(Exception):
@@ -49,20 +58,32 @@ class RouterGoneError(Exception):
 
 
 class Link:
-    """The socket to the router. Not thread-safe."""
+    """The socket to the router. `send` and `wake` may be called from any thread; the rest is of
+    one."""
 
     def __init__(self, connection: socket.socket) -> None:
+        self.handoff: HandoffTransfer | None = None  # hears its messages from the reading thread
         self._connection = connection
-        self._frames: Frames[ToWorker] = Frames(ToWorker)
-        self._messages: deque[ToWorker] = deque()
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(connection, selectors.EVENT_READ)
+        self._send_lock = threading.Lock()
+        # None: a wake-up; an exception: there will be no more.
+        self._messages: queue.SimpleQueue[ToWorker | RouterGoneError | None] = queue.SimpleQueue()
+        threading.Thread(target=self._read, name="router", daemon=True).start()
 
     def send(self, message: FromWorker) -> None:
         try:
-            self._connection.sendall(frame(message))
+            with self._send_lock:
+                self._connection.sendall(frame(message))
         except OSError as error:
             raise RouterGoneError from error
+
+    def relay(self, handoff_id: str, message: HandoffMessage) -> None:
+        """To the other end of a hand-off. That the router is gone, the computing thread learns."""
+        with suppress(RouterGoneError):
+            self.send(Relay(handoff_id, message))
+
+    def wake(self) -> None:
+        """Let `poll` return."""
+        self._messages.put(None)
 
     def receive(self) -> ToWorker:
         """The next message, waiting for it."""
@@ -71,16 +92,55 @@ class Link:
         return message
 
     def poll(self, timeout: float | None = 0.0) -> ToWorker | None:
-        """The next message if there is one within `timeout` seconds (None: wait)."""
-        if not self._messages and self._selector.select(timeout):
-            try:
-                messages = self._frames.receive(self._connection)
-            except OSError as error:
-                raise RouterGoneError from error
-            if messages is None:
-                raise RouterGoneError
-            self._messages.extend(messages)
-        return self._messages.popleft() if self._messages else None
+        """The next message if there is one within `timeout` seconds (None: wait); None also when
+        woken."""
+        try:
+            message = self._messages.get(timeout is None or timeout > 0, timeout or None)
+        except queue.Empty:
+            return None
+        if isinstance(message, RouterGoneError):
+            self._messages.put(message)
+            raise message
+        return message
+
+    def _read(self) -> None:
+        frames: Frames[ToWorker] = Frames(ToWorker)
+        try:
+            while (messages := frames.receive(self._connection)) is not None:
+                for message in messages:
+                    self._sort(message)
+        except (OSError, IncompatibleError):
+            pass
+        self._messages.put(RouterGoneError())
+
+    def _sort(self, message: ToWorker) -> None:
+        handoff = self.handoff
+        if isinstance(message, Relay):
+            if handoff is not None:
+                handoff.deliver(message.handoff_id, message.message)
+        elif isinstance(message, PeerLost):
+            if handoff is not None:
+                handoff.peer_lost(message.handoff_id)
+        else:
+            if handoff is not None and isinstance(message, Prepare):
+                handoff.expect(message.receive_as)
+            if handoff is not None and isinstance(message, Submit) and message.send_as:
+                handoff.expect(message.send_as)
+            self._messages.put(message)
+
+
+class Worker:
+    """What this process has made of its settings."""
+
+    def __init__(
+        self,
+        worker: ReferenceWorker,
+        store: StoreTransfer | None,
+        handoff: HandoffTransfer | None,
+    ) -> None:
+        self.worker = worker
+        self.store = store
+        self.handoff = handoff
 
 
 def load_model(source: ModelSource) -> checkpoint.Checkpoint:
@@ -104,7 +164,7 @@ def describe(model: checkpoint.Checkpoint, namespace: Namespace) -> Ready:
     )
 
 
-def start(link: Link) -> tuple[ReferenceWorker, StoreTransfer | None]:
+def start(link: Link) -> Worker:
     """Load the model and connect to the store, as the router says."""
     setup = link.receive()
     assert isinstance(setup, Setup)
@@ -113,58 +173,89 @@ def start(link: Link) -> tuple[ReferenceWorker, StoreTransfer | None]:
     link.send(describe(model, namespace))
     attach = link.receive()
     assert isinstance(attach, Attach)
-    transfer = None
+    store = None
     if attach.address is not None:
-        transfer = StoreTransfer(
+        store = StoreTransfer(
             kvstore.connect(attach.address, namespace),
             read=attach.read,
             write=attach.write,
             layerwise=attach.layerwise,
         )
-    worker = ReferenceWorker(model, setup.settings, transfer)
+    if attach.handoff is None:
+        worker = ReferenceWorker(model, setup.settings, store)
+        link.send(Attached())
+        return Worker(worker, store, None)
+    inner = store or NoTransfer()
+    handoff = HandoffTransfer(attach.handoff, namespace.spec, inner, link.relay, link.wake)
+    worker = ReferenceWorker(model, setup.settings, handoff, allocate=handoff.allocate)
+    link.handoff = handoff
     link.send(Attached())
-    return worker, transfer
+    return Worker(worker, store, handoff)
 
 
-def serve(link: Link, worker: ReferenceWorker, transfer: StoreTransfer | None) -> None:
+def serve(link: Link, own: Worker) -> None:
     """Compute until the router is gone."""
+    worker, is_idle = own.worker, True
     while True:
-        message = link.poll() if worker.has_work else link.receive()
+        wait = STALL_SECONDS if worker.has_work else None
+        message = link.poll(wait if is_idle else 0.0)
         while message is not None:
-            answer(link, worker, transfer, message)
+            answer(link, own, message)
             message = link.poll()
-        if worker.has_work and (outputs := worker.step()):
-            link.send(Tokens(time.monotonic(), [new_token(output) for output in outputs]))
+        is_idle = True
+        if worker.has_work:
+            outputs = worker.step()
+            is_idle = worker.is_stalled
+            if outputs:
+                link.send(Tokens(time.monotonic(), [new_token(output) for output in outputs]))
 
 
-def answer(
-    link: Link, worker: ReferenceWorker, transfer: StoreTransfer | None, message: ToWorker
-) -> None:
-    if isinstance(message, Submit):
+def answer(link: Link, own: Worker, message: ToWorker) -> None:
+    if isinstance(message, Submit | Prepare):
         try:
-            worker.add_request(
-                Request(
-                    request_id=message.request_id,
-                    prompt_token_ids=tuple(message.prompt_token_ids),
-                    max_new_tokens=message.max_new_tokens,
-                    output_token_ids=tuple(message.output_token_ids),
-                    stop_token_ids=frozenset(message.stop_token_ids),
-                )
-            )
+            take_request(own, message)
         except ConfigError as error:
+            if own.handoff is not None:
+                own.handoff.cancel(message.request_id)
             link.send(Refused(message.request_id, str(error)))
     elif isinstance(message, Cancel):
-        worker.cancel(message.request_id)
+        own.worker.cancel(message.request_id)
+        if own.handoff is not None:
+            own.handoff.cancel(message.request_id)
     elif isinstance(message, Report):
-        link.send(counters_of(transfer))
+        link.send(counters_of(own))
     else:
         raise AssertionError(f"{type(message).__name__} after the start")
 
 
-def counters_of(transfer: StoreTransfer | None) -> Counters:
-    if transfer is None:
-        return Counters(TransferCounters(), True)
-    return Counters(transfer.counters, transfer.reaches_store())
+def take_request(own: Worker, message: Submit | Prepare) -> None:
+    request = Request(
+        request_id=message.request_id,
+        prompt_token_ids=tuple(message.prompt_token_ids),
+        max_new_tokens=message.max_new_tokens,
+        output_token_ids=tuple(message.output_token_ids) if isinstance(message, Submit) else (),
+        stop_token_ids=frozenset(message.stop_token_ids if isinstance(message, Submit) else ()),
+    )
+    if isinstance(message, Prepare):
+        assert own.handoff is not None
+        own.handoff.receive_request(message.request_id, message.receive_as)
+        own.worker.add_request(request, awaits_token=True)
+    elif own.worker.continue_request(request):
+        assert own.handoff is not None
+        own.handoff.token_came(message.request_id)
+    else:
+        if message.send_as and own.handoff is not None:
+            own.handoff.send_request(
+                message.request_id, message.send_as, len(message.prompt_token_ids)
+            )
+        own.worker.add_request(request)
+
+
+def counters_of(own: Worker) -> Counters:
+    handoffs = own.handoff.counters() if own.handoff is not None else HandoffCounters()
+    if own.store is None:
+        return Counters(TransferCounters(), True, handoffs)
+    return Counters(own.store.counters, own.store.reaches_store(), handoffs)
 
 
 def new_token(output: Output) -> NewToken:
@@ -182,11 +273,11 @@ def main() -> None:
     link = Link(connection)
     try:
         try:
-            worker, transfer = start(link)
+            own = start(link)
         except KVStoreError as error:
             link.send(Failed(str(error), isinstance(error, ConfigError)))
             return
-        serve(link, worker, transfer)
+        serve(link, own)
     except RouterGoneError:
         pass
     finally:

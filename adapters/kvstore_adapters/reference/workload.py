@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
-from .pd import Prompt
+from .results import Prompt
 from .tokenizer import Tokenizer
 
 

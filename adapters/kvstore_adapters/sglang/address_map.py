@@ -59,6 +59,8 @@ class AddressMap:
 
     def split(self, found: npt.NDArray[np.intp], addresses: Addresses) -> list[Rows]:
         """Return the pieces by region, in the order they came. `found`: of `find`, without -1."""
+        if not len(found):
+            return []
         order = np.argsort(found, kind="stable")
         places, begins = np.unique(found[order], return_index=True)
         return [

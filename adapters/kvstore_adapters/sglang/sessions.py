@@ -18,6 +18,8 @@ from kvstore import DeadlineExceededError, IncompatibleError, PeerUnavailableErr
 from kvstore.transport import Batch, Endpoint, Link, Status, checksums_of
 from kvstore_adapters.sglang.address_map import Addresses, AddressMap
 
+Statuses = npt.NDArray[np.uint8]
+
 log = logging.getLogger(__name__)
 
 # What another attempt, over a new link, can put right: a link that broke while nobody used it, a
@@ -46,10 +48,11 @@ class Session:
         self._lock = threading.Lock()
         self._link: Link | None = None
         self._map = AddressMap(())
+        self._closed = False
 
     def write(
         self, addresses: Addresses, peer_addresses: Addresses, lengths: Addresses, deadline: float
-    ) -> npt.NDArray[np.uint8]:
+    ) -> Statuses:
         """Write pieces of our memory to the peer's, twice where that can help.
 
         Args:
@@ -76,8 +79,10 @@ class Session:
             bad = statuses[statuses != Status.OK]
             if not len(bad):
                 break
-            self._drop(link)
-            if not np.isin(bad, _WORTH_ANOTHER).all() or time.monotonic() >= deadline:
+            # What the peer may still be taking in of the first attempt must not come after the
+            # second, when SGLang may have given the page to another request.
+            is_settled = self._drop(link)
+            if not is_settled or not np.isin(bad, _WORTH_ANOTHER).all():
                 break
             log.info("hand-off to %s: %s; once more", self.session_id, summary(bad))
         return statuses
@@ -94,6 +99,7 @@ class Session:
 
     def close(self) -> None:
         with self._lock:
+            self._closed = True
             link, self._link = self._link, None
         if link is not None:
             link.close(_CLOSE_SECONDS)
@@ -112,6 +118,8 @@ class Session:
             return link, self._map
 
     def _connect(self, deadline: float) -> Link:
+        if self._closed:
+            raise PeerUnavailableError(f"{self.session_id}: given up")
         timeout = deadline - time.monotonic()
         if timeout <= 0:
             raise DeadlineExceededError(f"{self.session_id}: no time left to connect")
@@ -129,14 +137,15 @@ class Session:
         )
         return link
 
-    def _drop(self, link: Link) -> None:
+    def _drop(self, link: Link) -> bool:
+        """Whether nothing of its moves is under way any more, here or there."""
         with self._lock:
             if self._link is link:
                 self._link = None
-        link.close(_CLOSE_SECONDS)
+        return link.close(_CLOSE_SECONDS)
 
 
-def _write(link: Link, regions: AddressMap, batch: Batch, deadline: float) -> npt.NDArray[np.uint8]:
+def _write(link: Link, regions: AddressMap, batch: Batch, deadline: float) -> Statuses:
     """Write to all regions at once. The batch's remote offsets are addresses."""
     found = regions.find(batch.remote_offsets, batch.lengths)
     statuses = np.full(len(batch), Status.REFUSED, np.uint8)
@@ -153,7 +162,7 @@ def _write(link: Link, regions: AddressMap, batch: Batch, deadline: float) -> np
     return statuses
 
 
-def summary(statuses: npt.NDArray[np.uint8]) -> str:
+def summary(statuses: Statuses) -> str:
     """What became of pieces that were not OK, such as "3 pieces lost"."""
     kinds, counts = np.unique(statuses, return_counts=True)
     return ", ".join(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 from kvstore.transport.handoff.messages import Grant, HandoffMessage, Stop
 from kvstore.transport.handoff.party import Direction, Party
@@ -35,6 +35,25 @@ class HandoffCounters:
     tail_seconds: float = 0.0
     moved_bytes: dict[str, int] = field(default_factory=dict)  # by mover, where the move was begun
 
+    def __add__(self, other: HandoffCounters) -> HandoffCounters:
+        return self._with(other, 1)
+
+    def __sub__(self, other: HandoffCounters) -> HandoffCounters:
+        return self._with(other, -1)
+
+    def _with(self, other: HandoffCounters, sign: int) -> HandoffCounters:
+        numbers = {
+            each.name: getattr(self, each.name) + sign * getattr(other, each.name)
+            for each in fields(self)
+            if each.name != "moved_bytes"
+        }
+        movers = {**self.moved_bytes, **other.moved_bytes}
+        moved = {
+            mover: self.moved_bytes.get(mover, 0) + sign * other.moved_bytes.get(mover, 0)
+            for mover in movers
+        }
+        return HandoffCounters(**numbers, moved_bytes=moved)
+
 
 class Incoming:
     """What the engine sees of one hand-off to it. Thread-safe."""
@@ -57,8 +76,13 @@ class Incoming:
         """Wait until that layer of all blocks is there; False: it is not, and `failure` or the
         timeout says why."""
         with self._changed:
-            self._changed.wait_for(lambda: self.failure or self.layers_ready > layer, timeout)
+            self._changed.wait_for(lambda: self.is_over or self.layers_ready > layer, timeout)
             return self.layers_ready > layer
+
+    def wait(self, timeout: float) -> bool:
+        """Wait until it is over; False: it is not yet."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self.is_over, timeout)
 
     def expire_at(self, deadline: float) -> None:
         """Abandon it then, on the party's clock."""

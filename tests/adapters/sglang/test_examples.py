@@ -42,3 +42,21 @@ def test_hicache(flags: list[str], tmp_path: Path) -> None:
     assert ", 1488 of 1500 prompt tokens from kvstore" in flushed
     if not flags:
         assert "KVStoreHiCache" in flushed
+
+
+def test_pd(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("wb") as log:
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "examples" / "sglang_pd.py")],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env={**environment(tmp_path), "XDG_RUNTIME_DIR": str(tmp_path)},
+            cwd=tmp_path,
+            text=True,
+            check=False,
+        )
+    said = (tmp_path / "log").read_text()
+    assert done.returncode == 0, (done.stdout, said[-6000:])
+    assert "tokens identical: yes" in done.stdout
+    # A short one to warm up, and twice the prompt.
+    assert "hand-off to 127.0.0.1:" in said

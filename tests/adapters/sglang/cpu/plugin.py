@@ -1,22 +1,36 @@
 """What SGLang needs besides import stubs to run on a CPU: copies between device and host pages in
-torch instead of CUDA kernels, and host pools that are not pinned.
+torch instead of CUDA kernels, host memory that is not pinned, and CUDA's events.
 
 SGLang loads it in every one of its processes (entry point group `sglang.srt.plugins`). None of it
 is on the path of our adapters' bytes. While the file that CONTROL_RUN_FILE names exists,
-whatever comes out of the store is replaced by zeros before the forward pass sees it: the control
-run, whose tokens must differ.
+whatever comes out of the store, or from a prefill server, is replaced by zeros before the forward
+pass sees it: the control run, whose tokens must differ. While the file beside it with the suffix
+HOLD exists, what a prefill server sends waits, and a file with the suffix HELD says so. With the
+variable GPU_VARIABLE, a prefill server's KV pools are taken for memory of a GPU.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
+import time
 from collections.abc import Iterator
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 CONTROL_VARIABLE = "CONTROL_RUN_FILE"
+GPU_VARIABLE = "PRETEND_PREFILL_GPU"
+HOLD, HELD = ".hold", ".held"
+_HOLD_SECONDS_MAX = 60.0
+_KV_BYTES_MIN = 4096  # what is shorter is SGLang's own record of a request
 _HOST_POOL = "sglang.srt.mem_cache.pool_host.mha.MHATokenToKVPoolHost"
 _LOAD_LAYER = "kvstore_adapters.sglang.device_pages.DevicePages.load_layer"
+_SEND = "kvstore_adapters.sglang.sessions.Session.write"
+_POOL = "kvstore_adapters.sglang.transfer.KVStoreTransfer._pool"
+_DEVICE = "kvstore_adapters.sglang.transfer._device"
+_POOL_BYTES_MIN = 1 << 20  # what is shorter is SGLang's own records
 
 
 def register() -> None:
@@ -26,6 +40,14 @@ def register() -> None:
     HookRegistry.register(f"{_HOST_POOL}.backup_from_device_all_layer", _backup, HookType.REPLACE)
     HookRegistry.register(f"{_HOST_POOL}.load_to_device_per_layer", _load, HookType.REPLACE)
     HookRegistry.register(_LOAD_LAYER, _load_layer, HookType.AROUND)
+    HookRegistry.register(_SEND, _send, HookType.AROUND)
+    if os.environ.get(GPU_VARIABLE):
+        from kvstore.gpu.host_device import HostDevice
+
+        gpu = HostDevice()
+        HookRegistry.register(_DEVICE, lambda ordinal: gpu, HookType.REPLACE)
+        HookRegistry.register(_POOL, functools.partial(_pool, gpu), HookType.AROUND)
+    _stand_in_for_cuda()
 
 
 def install(directory: Path) -> Path:
@@ -35,9 +57,11 @@ def install(directory: Path) -> Path:
     (information / "METADATA").write_text(
         "Metadata-Version: 2.1\nName: kvstore-cpu-plugin\nVersion: 0.1\n"
     )
-    (information / "entry_points.txt").write_text(
-        f"[sglang.srt.plugins]\nkvstore_cpu = {__name__}:register\n"
-    )
+    entries = [f"kvstore_cpu = {__name__}:register"]
+    if "kvstore" not in entry_points(group="sglang.srt.plugins").names:
+        # kvstore is on the path, but not installed.
+        entries.append("kvstore = kvstore_adapters.sglang.plugin:register")
+    (information / "entry_points.txt").write_text("\n".join(["[sglang.srt.plugins]", *entries, ""]))
     return directory
 
 
@@ -96,3 +120,54 @@ def _load_layer(original: Any, pages: Any, layer: int, pinned: Any, ids: Any) ->
     if _is_control_run():
         for piece in pages.pieces.layers.get(layer, ()):
             piece[pages.pieces.rows(ids)] = 0
+
+
+def _send(
+    original: Any, session: Any, addresses: Any, peer_addresses: Any, lengths: Any, deadline: float
+) -> Any:
+    import numpy as np
+
+    control = os.environ.get(CONTROL_VARIABLE, "")
+    until = time.monotonic() + _HOLD_SECONDS_MAX
+    while os.path.exists(control + HOLD) and time.monotonic() < until:
+        Path(control + HELD).touch()
+        time.sleep(0.01)
+    if _is_control_run():
+        zeros = np.zeros(int(lengths.max()), np.uint8)
+        addresses = np.where(lengths >= _KV_BYTES_MIN, zeros.ctypes.data, addresses)
+        return original(session, addresses.astype(np.uint64), peer_addresses, lengths, deadline)
+    return original(session, addresses, peer_addresses, lengths, deadline)
+
+
+def _pool(
+    gpu: Any, original: Any, owner: Any, ptr: int, length: int, is_prefill: bool, is_host: bool
+) -> Any:
+    import numpy as np
+
+    if is_prefill and length >= _POOL_BYTES_MIN:
+        gpu.adopt(np.ctypeslib.as_array((ctypes.c_uint8 * length).from_address(ptr)))
+        is_host = False
+    return original(owner, ptr, length, is_prefill, is_host)
+
+
+def _stand_in_for_cuda() -> None:
+    """What the disaggregation of prefill and decode calls of CUDA whatever the device."""
+    import torch
+
+    if torch.cuda.is_available():
+        return
+
+    class Event:
+        def record(self, stream: Any = None) -> None:
+            pass
+
+        def synchronize(self) -> None:
+            pass
+
+    def empty(*positional: Any, **named: Any) -> torch.Tensor:
+        return plain(*positional, **{**named, "pin_memory": False})
+
+    plain = torch.empty
+    torch.empty = empty
+    torch.cuda.Event = Event  # type: ignore[assignment,misc]
+    torch.cuda.current_stream = torch.cpu.current_stream  # type: ignore[assignment]
