@@ -179,7 +179,10 @@ def test_an_engines_layer_is_written(
     assert not statuses.any()
     assert engine.ask(digest=2) == digest(memory.array)
     assert engine.ask(digest=1) == digest(layers()[1])
-    assert engine.ask(notices=1) == {agent.name: [base64.b64encode(b"layer 2").decode()]}
+    give_up = time.monotonic() + WAIT_S
+    while not (notices := engine.ask(notices=1)) and time.monotonic() < give_up:
+        pass
+    assert notices == {agent.name: [base64.b64encode(b"layer 2").decode()]}
 
 
 def test_what_is_not_there_is_refused(
