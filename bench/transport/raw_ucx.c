@@ -72,8 +72,11 @@ static void start(const char *device, const char *segment) {
     check("ucp_config_read", ucp_config_read(NULL, NULL, &config));
     check("TLS", ucp_config_modify(config, "TLS", "tcp"));
     check("NET_DEVICES", ucp_config_modify(config, "NET_DEVICES", device));
-    check("TCP_TX_SEG_SIZE", ucp_config_modify(config, "TCP_TX_SEG_SIZE", segment));
-    check("TCP_RX_SEG_SIZE", ucp_config_modify(config, "TCP_RX_SEG_SIZE", segment));
+    // 1.13 knows them without the prefix, later ones with it, and either takes both.
+    ucp_config_modify(config, "TX_SEG_SIZE", segment);
+    ucp_config_modify(config, "RX_SEG_SIZE", segment);
+    ucp_config_modify(config, "TCP_TX_SEG_SIZE", segment);
+    ucp_config_modify(config, "TCP_RX_SEG_SIZE", segment);
     ucp_params_t params = {.field_mask = UCP_PARAM_FIELD_FEATURES, .features = UCP_FEATURE_RMA};
     check("ucp_init", ucp_init(&params, config, &context));
     ucp_config_release(config);
