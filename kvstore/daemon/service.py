@@ -454,6 +454,7 @@ class Service:
             "leases": counts["leases"],
             "reservations": counts.get("reservations", 0),
             "quarantined_slots": sum(slots for *_, slots in core.quarantine()),
+            "peers": self._peers.describe() if self._peers else None,
             "recent_errors": self._errors.list(),
         }
 

@@ -13,11 +13,13 @@ import hmac
 import threading
 import time
 from concurrent.futures import Future
+from typing import Any
 
 import msgspec
 
 from kvstore.peers.fetcher import Fetcher
-from kvstore.peers.holders import HeldBlocks, Holders, Means
+from kvstore.peers.held import HeldBlocks
+from kvstore.peers.holders import Holders, Means
 from kvstore.tiers.fetching import Wanted
 from kvstore.tiers.local import Tiers
 from kvstore.transport import Endpoint, TransportSettings
@@ -90,6 +92,15 @@ class Peers:
 
     def fetch(self, wanted: Wanted, holders: list[str], timeout: float) -> Future[int]:
         return self.fetcher.fetch(wanted, holders, timeout)
+
+    def describe(self) -> dict[str, Any]:
+        """For people, see `kvstore.status.PeersStatus`."""
+        return {
+            "movers": list(self.endpoint.movers),
+            "unavailable": self.endpoint.unavailable,
+            "address": self.endpoint.tcp_address or "",
+            "holders": [holder.describe() for holder in self.holders.list()],
+        }
 
     def _counted(self) -> dict[str, int]:
         return {
