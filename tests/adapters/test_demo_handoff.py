@@ -68,6 +68,7 @@ def need_mover(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)  # three clusters are started
 @pytest.mark.usefixtures("need_hosts")
 @pytest.mark.parametrize("transport", ["shm", "tcp", "ucx"])
 def test_two_hosts_by_every_mover(transport: str) -> None:

@@ -82,14 +82,16 @@ def expected() -> dict[str, list[int]]:
 
 def strike(
     running: Cluster, when: type, act: Callable[[WorkerProcess], None]
-) -> Callable[[WorkerProcess, Relay], None]:
-    """Act on whoever says the first message of that kind, once."""
+) -> Callable[[WorkerProcess, Relay], bool]:
+    """Act on whoever says the first message of that kind, once. What one that is killed by it has
+    said after that is lost, so it always dies in mid-transfer."""
     struck: list[WorkerProcess] = []
 
-    def on_relay(source: WorkerProcess, relay: Relay) -> None:
+    def on_relay(source: WorkerProcess, relay: Relay) -> bool:
         if isinstance(relay.message, when) and not struck:
             struck.append(source)
             act(source)
+        return source.process.returncode is None
 
     return on_relay
 
@@ -119,7 +121,6 @@ def test_pushed_kv_gives_the_same_tokens_and_a_prefill_worker_killed_in_mid_tran
         again = running.run(SESSIONS)
     assert tokens_of(again) == expected
     assert sum(request.recomputes for request in again.requests) > 0
-    assert sum(request.retries for request in again.requests) > 0
 
 
 @pytest.mark.slow
