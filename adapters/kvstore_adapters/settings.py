@@ -23,9 +23,10 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 class AdapterSettings:
     """Checked when built. Times are seconds.
 
-    address: of the daemon, "unix:/path.sock" or "tcp:host:port"; default: where `kvstore serve`
-        listens.
+    address: of the daemon, "unix:/path.sock", "tcp:host:port" or "tls:host:port"; default: where
+        `kvstore serve` listens.
     token_file, tenant: as for `kvstore.connect`.
+    tls_ca, tls_cert, tls_key: PEM files for "tls:" addresses, as `kvstore.TlsFiles` has them.
     timeout: that the daemon has to answer one call.
     load: "async": a request waits aside while its blocks come; "sync": the step waits for them.
     load_deadline: after which a load counts as failed and its tokens are computed.
@@ -35,6 +36,8 @@ class AdapterSettings:
     max_pinned_fraction: share of the engine's blocks that saves under way may hold.
     threads: loads at a time.
     push_targets: names that requests may use, and the daemon's address behind each.
+    holder: where other daemons find ours, told to decode instances with what was stored.
+    holders: the same of other instances' daemons, from which ours may fetch: requests name one.
     model: overrides the model's identity. Who sets it answers for equal weights.
     start_daemon: DRAM of a daemon that is started when nobody listens at `address`, such as "8GiB".
     """
@@ -42,6 +45,9 @@ class AdapterSettings:
     address: str = ""
     token_file: str = ""
     tenant: str = ""
+    tls_ca: str = ""
+    tls_cert: str = ""
+    tls_key: str = ""
     timeout: float = 1.0
     load: Load = "async"
     load_deadline: float = 5.0
@@ -51,6 +57,8 @@ class AdapterSettings:
     max_pinned_fraction: float = 0.25
     threads: int = 2
     push_targets: Mapping[str, str] = field(default_factory=dict)
+    holder: str = ""
+    holders: tuple[str, ...] = ()
     model: str = ""
     start_daemon: str = ""
 
@@ -71,7 +79,8 @@ class AdapterSettings:
         return cls(**given)
 
     def __post_init__(self) -> None:
-        for name in ("address", "token_file", "tenant", "model", "start_daemon"):
+        texts = ("address", "token_file", "tenant", "model", "start_daemon")
+        for name in (*texts, "tls_ca", "tls_cert", "tls_key"):
             _require(name, getattr(self, name), _is_text, "text")
         for name, (least, most) in _SECONDS.items():
             _require(name, getattr(self, name), _within(least, most), f"between {least} and {most}")
@@ -82,7 +91,14 @@ class AdapterSettings:
             object.__setattr__(self, "address", kvstore.default_address())
         _check_address("address", self.address)
         self._check_targets()
+        self._check_holders()
         self._check_start()
+
+    def tls_for(self, address: str) -> kvstore.TlsFiles | None:
+        """Return what `kvstore.connect` needs for an address; None where it is not encrypted."""
+        if not address.startswith("tls:"):
+            return None
+        return kvstore.TlsFiles(self.tls_ca, self.tls_cert, self.tls_key)
 
     def _check_targets(self) -> None:
         targets = self.push_targets
@@ -94,6 +110,15 @@ class AdapterSettings:
                 )
             _check_address(f"push_targets.{name}", address)
         object.__setattr__(self, "push_targets", dict(targets))  # a later change is not ours
+
+    def _check_holders(self) -> None:
+        _require("holder", self.holder, _is_text, "text")
+        if self.holder:
+            _check_address("holder", self.holder)
+        _require("holders", self.holders, _is_list, "a list of addresses")
+        for address in self.holders:
+            _check_address("holders", address)
+        object.__setattr__(self, "holders", tuple(self.holders))
 
     def _check_start(self) -> None:
         if not self.start_daemon:
@@ -136,6 +161,10 @@ def _is_mapping(value: object) -> bool:
     return isinstance(value, Mapping)
 
 
+def _is_list(value: object) -> bool:
+    return isinstance(value, (list, tuple))
+
+
 def _is_count(most: int) -> Callable[[object], bool]:
     return lambda value: (
         isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
@@ -151,5 +180,7 @@ def _within(least: float, most: float) -> Callable[[object], bool]:
 
 
 def _check_address(name: str, address: object) -> None:
-    if not isinstance(address, str) or not address.startswith(("unix:/", "tcp:")):
-        raise ConfigError(f"{name}: {address!r} is not unix:/path.sock or tcp:host:port")
+    if not isinstance(address, str) or not address.startswith(("unix:/", "tcp:", "tls:")):
+        raise ConfigError(
+            f"{name}: {address!r} is not unix:/path.sock, tcp:host:port or tls:host:port"
+        )

@@ -56,6 +56,7 @@ _THREADS = 4  # of one link, for moves in the background
 _LATE = {
     "tcp": ("kvstore.transport.tcp", "TcpMover"),
     "ucx": ("kvstore.transport.ucx", "UcxMover"),
+    "cuda": ("kvstore.transport.cuda_ipc", "CudaIpcMover"),
 }
 Memory = SharedMemory | npt.NDArray[np.uint8] | tuple[int, int]
 
@@ -183,6 +184,17 @@ class Endpoint:
             self._regions.pop(region.region_id, None)
         self._publish()
         return True
+
+    def mark(self, region: Region, stream: int) -> None:
+        """Reads of a GPU region that peers begin from now on wait for what is on `stream` so far.
+
+        Raises:
+            ConfigError: it is no registered region of the cuda mover.
+            GpuError: the GPU refused.
+        """
+        mark = getattr(self._movers.get("cuda"), "mark", None)
+        if mark is None or not mark(region, stream):
+            raise ConfigError(f"region: {region.region_id} is not registered with a cuda mover")
 
     def describe(self, region: Region) -> RegionInfo:
         """Return what a peer needs to `Link.add_region` it.
@@ -400,7 +412,7 @@ class Link:
     @property
     def settles_late(self) -> bool:
         """Whether a move that did not end well may still write until `close` returned True."""
-        return self.mover == "ucx"
+        return self.mover in ("ucx", "cuda")
 
     def add_region(self, region: RegionInfo) -> None:
         """Make a region usable that the peer registered after its info was taken.

@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
+import trustme
 
 import kvstore
 from kvstore import (
@@ -53,7 +54,7 @@ from tests.store_support import (
 
 Open: TypeAlias = Callable[..., Store]
 # Where the decisions are made, how bytes come and go, and what is below DRAM.
-STORES = ["cpu", "ssd", "unix", "unix+ssd", "unix+copy", "tcp", "tcp+ssd"]
+STORES = ["cpu", "ssd", "unix", "unix+ssd", "unix+copy", "tcp", "tcp+ssd", "tls"]
 SECRET = "a secret of this test's own"
 
 
@@ -82,19 +83,37 @@ def opened(kind: str, owners: list[Store], tmp_path: Path) -> Iterator[Open]:
             if kind in ("cpu", "ssd"):
                 return store
             server = ends.enter_context(serve(store, kind, sockets / "s"))
-            token = SECRET if "tcp" in kind else None
-            client = kvstore.connect(server.address, NAMESPACE, timeout=WAIT_S, token=token)
+            token = None if "unix" in kind else SECRET
+            tls = None
+            if kind == "tls":
+                certificates = make_certificates(sockets)
+                server.listen(listen_tcp("127.0.0.1", 0), certificates.server_context())
+                tls = kvstore.TlsFiles(certificates.ca)
+            address = server.addresses[-1]
+            client = kvstore.connect(address, NAMESPACE, timeout=WAIT_S, token=token, tls=tls)
             ends.callback(client.close)
             return client
 
         yield make
 
 
+def make_certificates(directory: Path) -> kvstore.TlsFiles:
+    """A server's certificate, and who signed it."""
+    authority = trustme.CA()
+    made = authority.issue_cert("127.0.0.1")
+    files = kvstore.TlsFiles(*(str(directory / name) for name in ("ca", "cert", "key")))
+    authority.cert_pem.write_to_path(files.ca)
+    made.cert_chain_pems[0].write_to_path(files.cert)
+    Path(files.key).touch(0o600)
+    made.private_key_pem.write_to_path(files.key)
+    return files
+
+
 def serve(store: Store, kind: str, path: Path) -> Server:
-    if "tcp" in kind or "copy" in kind:
+    if "unix" not in kind or "copy" in kind:
         control = store.control
         assert isinstance(control, LocalControl)
-        tcp = "tcp" in kind
+        tcp = "unix" not in kind
         listener = listen_tcp("127.0.0.1", 0) if tcp else listen_unix(path)
         tenants = Tenants({}, {"": SECRET.encode()}, os.getuid())
         writes = "copy" if "copy" in kind else "in_place"

@@ -120,6 +120,7 @@ class Shards:
             token=Path(settings.token_file) if settings.token_file else None,
             tenant=settings.tenant,
             required=False,
+            tls=settings.tls_for(key[0]),
         )
         with self._lock:
             is_of_use = not self._is_closed and self._namespaces.get(key[1:]) == namespace
