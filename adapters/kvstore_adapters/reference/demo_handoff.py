@@ -223,7 +223,17 @@ def handoff_table(runs: list[HandoffRun], result: dict[str, Any]) -> Group:
 
     title = "Means, times in ms; tail: what was waited for KV after the prefill"
     shown = Table(title=title)
-    for header in ("run", "TTFT", "TPOT", "tail", "overlap", "MiB", "by", "cable MiB", "recomputed"):
+    for header in (
+        "run",
+        "TTFT",
+        "TPOT",
+        "tail",
+        "overlap",
+        "MiB",
+        "by",
+        "cable MiB",
+        "recomputed",
+    ):
         shown.add_column(header, justify="left" if header in ("run", "by") else "right")
     for each in runs:
         has = each.handoff.received > 0
