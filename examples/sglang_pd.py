@@ -59,6 +59,18 @@ def flags_of_this_machine() -> list[str]:
     ]
 
 
+def receiving() -> list[str]:
+    """How a decode server takes KV: on a GPU by SGLang's host pool."""
+    import torch
+
+    if torch.cuda.is_available():
+        return [
+            "--disaggregation-decode-host-receive-threshold=0",
+            "--hicache-mem-layout=layer_first",
+        ]
+    return ["--disaggregation-decode-retraction-backup=cpu_tensor"]
+
+
 class Server:
     """An SGLang server of one role; it ends with the `with` block."""
 
@@ -80,7 +92,7 @@ class Server:
             "--enable-cache-report",
         ]
         if role == "decode":
-            command.append("--disaggregation-decode-retraction-backup=cpu_tensor")
+            command += receiving()
         self.process = subprocess.Popen(
             command,
             stdout=sys.stderr,

@@ -538,11 +538,14 @@ class NativeServer:
         notice_used: bool,
         label: str,
         block_tokens: int = 0,
+        may_read: bool = True,
+        may_write: bool = True,
     ) -> bool:
         """Admit a connection as a new client, before the reply to its greeting.
 
         `client` must not be 0; namespace_id < 0: none, only CALL and PING work. `notices`: there is
-        an ssd tier. False when the connection is gone: the owner is the caller's to release then.
+        an ssd tier. `may_read`, `may_write`: payload through the connection by READ, slots by
+        RESERVE. False when the connection is gone: the owner is the caller's to release then.
         """
     def join_client(self, connection: int, client: int) -> bool: ...
     def reply(self, task_id: int, body: bytes, status: int = 0) -> bool: ...
@@ -698,6 +701,7 @@ class UcxContext:
         epoch: int,
         settings: Sequence[tuple[str, str]] = ...,
         spin: float = ...,
+        modules: str = ...,
     ) -> None: ...
     @property
     def version(self) -> str: ...

@@ -45,8 +45,17 @@ class Admin:
         KVStoreError: what the daemon refused with.
     """
 
-    def __init__(self, address: str, timeout: float = 2.0, secret: bytes | None = None) -> None:
+    def __init__(
+        self,
+        address: str,
+        timeout: float = 2.0,
+        secret: bytes | None = None,
+        *,
+        is_peer: bool = False,
+    ) -> None:
+        """`is_peer`: with the peers' secret; then the Welcome tells of the daemon's endpoint."""
         self.address = address
+        self._is_peer = is_peer
         self._timeout = timeout
         self._connection: Connection | None = None
         self._connection = self._guarded(timeout, lambda: dial(address, timeout))
@@ -58,7 +67,12 @@ class Admin:
 
     def _greet(self, secret: bytes | None) -> wire.Welcome:
         hello = wire.encode(
-            wire.Hello(wire.VERSION, {}, nonce=secrets.token_bytes(wire.NONCE_BYTES))
+            wire.Hello(
+                wire.VERSION,
+                {},
+                nonce=secrets.token_bytes(wire.NONCE_BYTES),
+                peer=self._is_peer,
+            )
         )
         greeting = wire.decode_greeting(self._ask(wire.Op.HELLO, hello, self._timeout))
         if isinstance(greeting, wire.Welcome):

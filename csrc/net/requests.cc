@@ -242,6 +242,10 @@ void Connection::HandleRelease() {
 void Connection::HandleRead() {
     ReadRequest request;
     if (!ParseBody(&request)) return;
+    if (!client_->terms.may_read) {
+        Refuse(Status::kConfig, "read: this client may not read payload through its connection");
+        return;
+    }
     const std::size_t block_bytes = client_->terms.block_bytes;
     if (request.n > UINT32_MAX / block_bytes) {
         Refuse(Status::kConfig, "read: " + std::to_string(request.n) + " blocks of " +
@@ -297,6 +301,10 @@ void Connection::HandleMap() {
 void Connection::HandleReserve() {
     ReserveRequest request;
     if (!ParseBody(&request)) return;
+    if (!client_->terms.may_write) {
+        Refuse(Status::kConfig, "reserve: this client may read only");
+        return;
+    }
     const Chain &chain = request.chain;
     std::vector<ReserveStatus> &statuses = Scratch<ReserveStatus>(chain.n);
     std::vector<Grant> &grants = Scratch<Grant>(chain.n);

@@ -33,6 +33,8 @@ struct ClientTerms {
     bool may_map_writable = false;
     bool notices = false;      // there is an ssd tier to tell
     bool notice_used = false;  // and it wants to know of uses
+    bool may_read = true;      // payload through this connection, by READ
+    bool may_write = true;     // or RESERVE
     std::string label;
 };
 

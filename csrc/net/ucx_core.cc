@@ -15,19 +15,21 @@ std::string Milliseconds(double seconds) {
     return std::to_string(static_cast<long>(seconds * 1e3)) + "ms";
 }
 
-std::vector<std::pair<std::string, std::string>> Settings(const UcxOptions &options) {
-    std::vector<std::pair<std::string, std::string>> settings = {
-        {"TLS", options.tls}, {"KEEPALIVE_INTERVAL", Milliseconds(options.timeout / 2)}};
+using Pairs = std::vector<std::pair<std::string, std::string>>;
+
+Pairs TcpSettings(const UcxOptions &options) {
+    return {{"TX_SEG_SIZE", "256K"},  // 8K by default: a fifth of the bandwidth
+            {"RX_SEG_SIZE", "256K"},
+            // Else a cut link is never noticed.
+            {"USER_TIMEOUT", Milliseconds(options.timeout)}};
+}
+
+Pairs Settings(const UcxOptions &options) {
+    Pairs settings = {{"TLS", options.tls},
+                      {"KEEPALIVE_INTERVAL", Milliseconds(options.timeout / 2)}};
     if (!options.net_devices.empty()) settings.emplace_back("NET_DEVICES", options.net_devices);
-    const std::pair<std::string, std::string> tcp[] = {
-        {"TX_SEG_SIZE", "256K"},  // 8K by default: a fifth of the bandwidth
-        {"RX_SEG_SIZE", "256K"},
-        {"USER_TIMEOUT", Milliseconds(options.timeout)},  // else a cut link is never noticed
-    };
-    for (const auto &[name, value] : tcp) {
+    for (const auto &[name, value] : TcpSettings(options)) {
         settings.emplace_back("TCP_" + name, value);
-        // 1.13 knows them by this name only; each version takes one and warns of the other.
-        settings.emplace_back(name, value);
     }
     settings.insert(settings.end(), options.settings.begin(), options.settings.end());
     return settings;
@@ -37,7 +39,7 @@ std::vector<std::pair<std::string, std::string>> Settings(const UcxOptions &opti
 
 UcxCore::UcxCore(UcxOptions options)
     : options_(std::move(options)),
-      library_(UcxLibrary::Load(options_.library)),
+      library_(UcxLibrary::Load(options_.library, options_.modules)),
       timeout_ns_(static_cast<std::int64_t>(options_.timeout * 1e9)),
       spin_ns_(static_cast<std::int64_t>(options_.spin * 1e9)),
       pid_(getpid()) {
@@ -57,6 +59,11 @@ UcxCore::UcxCore(UcxOptions options)
         if (status == ucx::kOk) continue;
         api.ucp_config_release(config);
         fail("it does not take " + name + "=" + value, status);
+    }
+    // 1.13 takes "TCP_..." and warns later that it is no use: there they have no prefix. Newer ones
+    // refuse those.
+    for (const auto &[name, value] : TcpSettings(options_)) {
+        api.ucp_config_modify(config, name.c_str(), value.c_str());
     }
     ucx::Params params = {};
     params.field_mask = ucx::kParamFeatures | ucx::kParamMtWorkersShared | ucx::kParamName;

@@ -135,7 +135,8 @@ std::int64_t DeadlineNs(double seconds) {
 
 bool AddClient(PyServer &self, std::uint64_t connection, std::uint64_t client, std::uint64_t owner,
                std::int64_t namespace_id, bool may_map, bool may_map_writable, bool notices,
-               bool notice_used, const std::string &label, std::size_t block_tokens) {
+               bool notice_used, const std::string &label, std::size_t block_tokens, bool may_read,
+               bool may_write) {
     ClientTerms terms;
     if (client == 0) throw std::invalid_argument("client must not be 0");
     if (namespace_id >= 0) {
@@ -151,6 +152,8 @@ bool AddClient(PyServer &self, std::uint64_t connection, std::uint64_t client, s
     terms.may_map_writable = may_map_writable;
     terms.notices = notices;
     terms.notice_used = notice_used;
+    terms.may_read = may_read;
+    terms.may_write = may_write;
     terms.label = label;
     terms.block_tokens = block_tokens;
     return self.services().roster.AddClient(connection, std::move(terms));
@@ -282,7 +285,7 @@ void BindServer(py::module_ &m) {
             "timeout"_a)
         .def("add_client", &AddClient, "connection"_a, "client"_a, "owner"_a, "namespace_id"_a,
              py::kw_only(), "may_map"_a, "may_map_writable"_a, "notices"_a, "notice_used"_a,
-             "label"_a, "block_tokens"_a = 0)
+             "label"_a, "block_tokens"_a = 0, "may_read"_a = true, "may_write"_a = true)
         .def(
             "join_client",
             [](PyServer &self, std::uint64_t connection, std::uint64_t client) {

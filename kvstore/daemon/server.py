@@ -352,6 +352,8 @@ class Server:
                 may_map_writable=may_write,
                 notices=tiers.ssd is not None,
                 notice_used=tiers.wants_used,
+                may_read=not (identity.is_peer and tiers.config.peer_require_rdma),
+                may_write=not identity.is_peer,
                 label=_label(identity, name),
                 block_tokens=control.namespace.spec.block_tokens if control else 0,
             ):

@@ -212,6 +212,20 @@ class CudaDevice:
         is_device = kind.value == cuda.MEMORY_TYPE_DEVICE
         return not any(codes) and is_device and ordinal.value == self.ordinal
 
+    def knows(self, address: int, num_bytes: int) -> bool:
+        """Return whether the driver knows this memory, a GPU's or registered: then a copy of it can
+        be enqueued."""
+        kind = c_uint()
+        ends = (address, address + num_bytes - 1) if num_bytes else (address,)
+        with self.current():
+            codes = [
+                self.driver.try_call(
+                    "cuPointerGetAttribute", byref(kind), cuda.POINTER_MEMORY_TYPE, end
+                )
+                for end in ends
+            ]
+        return not any(codes)
+
     def write(self, address: int, data: npt.NDArray[np.uint8]) -> None:
         data = np.ascontiguousarray(data)
         with self.current():
@@ -427,8 +441,10 @@ class CudaDevice:
             return
         size = int(sizes[0])
         if size < _EACH_BYTES_MIN and len(to) > _EACH_PIECES_MAX and (sizes == size).all():
-            self._copy_small(to, from_, size, stream)
-            return
+            with suppress(GpuError):  # no kernels: then one by one
+                self._function("kv_gather_1")
+                self._copy_small(to, from_, size, stream)
+                return
         with self.current():
             for piece in zip(to.tolist(), from_.tolist(), sizes.tolist(), strict=True):
                 self.driver.call("cuMemcpyAsync", *piece, stream)

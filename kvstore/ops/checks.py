@@ -46,6 +46,7 @@ class Context:
     version: str = ""
     address: str = ""
     timeout: float = 1.0
+    peer: str = ""  # a daemon to be reached
 
     @property
     def ssd(self) -> str:

@@ -25,6 +25,7 @@ from kvstore.ops.common import (
     print_json,
 )
 from kvstore.ops.probes import Probes
+from kvstore.ops.transport_checks import TRANSPORT_CHECKS
 from kvstore.ops.views import plain
 
 _STYLE = {"ok": "green", "warn": "yellow", "fail": "red"}
@@ -32,7 +33,7 @@ _STYLE = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 def examine(probes: Probes, context: Context) -> dict[str, Verdict]:
     """Return a verdict for every check, by name."""
-    return {name: run(probes, context) for name, run in CHECKS}
+    return {name: run(probes, context) for name, run in (*CHECKS, *TRANSPORT_CHECKS)}
 
 
 def installed_version() -> str:
@@ -50,10 +51,16 @@ def doctor(
         typer.Option("--ssd", metavar="DIR", help="Directory of the ssd tier; default: `ssd`."),
     ] = None,
     connect: ConnectOption = None,
+    peer: Annotated[
+        str,
+        typer.Option(
+            "--peer", metavar="ADDRESS", help="A daemon to be reached as a peer: tcp:HOST:PORT."
+        ),
+    ] = "",
     timeout: TimeoutOption = 1.0,
     as_json: JsonOption = False,
 ) -> None:
-    """Check this machine: kernel, I/O, memory, limits, CPU, permissions, packages, settings.
+    """Check this machine: kernel, I/O, memory, limits, CPU, permissions, transports, settings.
 
     Each line says what was found and, where it could be better, what to do. Changes nothing. Exit
     status 1 when something would keep a daemon from working; warnings alone give 0.
@@ -63,9 +70,9 @@ def doctor(
     try:
         settings = load_daemon_config(config, ssd=str(ssd) if ssd else None)[0]
         address = connect or settings.listen
-        context = Context(settings, "", installed_version(), address, timeout)
+        context = Context(settings, "", installed_version(), address, timeout, peer)
     except ConfigError as error:
-        context = Context(None, str(error), installed_version(), connect or "", timeout)
+        context = Context(None, str(error), installed_version(), connect or "", timeout, peer)
     verdicts = examine(Probes(), context)
     worst = {verdict.level for verdict in verdicts.values()}
     if as_json:

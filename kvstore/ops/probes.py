@@ -14,14 +14,21 @@ import resource
 import stat
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 
 from kvstore import _native
 from kvstore.admin import Admin
+from kvstore.auth import read_secret
 from kvstore.codec import aligned_buffer
-from kvstore.errors import KVStoreError
+from kvstore.errors import IncompatibleError, KVStoreError
 from kvstore.status import Status
+
+if TYPE_CHECKING:
+    from kvstore.transport import Choice, TransportSettings
+    from kvstore.transport.ucx_library import UcxReport
 
 _PAGE = 4096
 UNLIMITED = resource.RLIM_INFINITY
@@ -131,3 +138,46 @@ class Probes:
                 return admin.status()
         except KVStoreError as error:
             return error
+
+    # Imported late: they load native libraries, which no other check needs.
+
+    def movers(self, settings: TransportSettings) -> tuple[tuple[str, ...], dict[str, str]] | str:
+        """The movers that work here, and why the others do not; or why none does."""
+        from kvstore.transport import Endpoint
+
+        try:
+            with Endpoint(settings) as endpoint:
+                return endpoint.movers, endpoint.unavailable
+        except KVStoreError as error:
+            return str(error)
+
+    def ucx_libraries(self, given: str) -> list[UcxReport]:
+        """What each libucp that is found says of itself, the one that is used first."""
+        from kvstore.transport import ucx_library
+
+        return [ucx_library.probe(library) for library in ucx_library.candidates(given)]
+
+    def reach_peer(
+        self, address: str, token: str, settings: TransportSettings, timeout: float
+    ) -> tuple[str, str, list[Choice]]:
+        """By which mover we reach a daemon, how, and what there is to say of each.
+
+        Raises:
+            KVStoreError: we do not.
+        """
+        from kvstore.peers.process import endpoint_secret
+        from kvstore.transport import Endpoint, EndpointInfo, choices
+
+        secret = read_secret(token, "peer_token")
+        with Admin(address, timeout, secret, is_peer=True) as admin:
+            welcome = admin.welcome
+        if not welcome.endpoint:
+            raise IncompatibleError(f"{address}: it serves no peers: it has no peer_token")
+        info = EndpointInfo.decode(welcome.endpoint)
+        theirs = endpoint_secret(secret, welcome.epoch)
+        info = msgspec.structs.replace(info, secret=theirs)
+        with Endpoint(settings, secret=secret) as ours:
+            allowed = settings.movers
+            judged = choices(ours.info(), info, allowed)
+            with ours.connect(info, movers=allowed, timeout=timeout) as link:
+                return link.mover, link.detail, judged

@@ -41,7 +41,7 @@ def check_ucx(probes: Probes, context: Context) -> Verdict:
         more = f" and {len(shown) - _DEVICES_SHOWN} more" if len(shown) > _DEVICES_SHOWN else ""
         said = report.problem or f"{report.version}: {', '.join(shown[:_DEVICES_SHOWN])}{more}"
         lines.append(f"{report.path} ({report.origin}) {said}")
-    found = "\n".join(lines)
+    found = "; ".join(lines)
     if reports[0].problem:
         return warn(found, "the first is the one that is used; $KVSTORE_UCX_LIB names another")
     return ok(found)

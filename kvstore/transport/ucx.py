@@ -1,12 +1,12 @@
 """UCX: one-sided reads and writes by RDMA, or over TCP where that was asked for.
 
-libucp is loaded at run time (`ucx_library`); the rest is csrc/net/ucx_*. What holds for its users:
+libucp is loaded at run time (`ucx_library`); the rest is csrc/net/ucx_*. For those who use it:
 
-- A peer gets a region's key over its link only, after it proved that it knows the secret; the key is
-  asked back when the region goes. `deregister` is True when all of them are back, or their holders
-  gone: until then memory must stay mapped, since UCX over TCP reads whatever address it is asked for.
-- For the same reason UCX over TCP belongs on a network that is trusted: whoever reaches its port can
-  read and write this process's memory without any key. It is used only when it is asked for by name.
+- A peer gets a region's key over its link only, after it proved that it knows the secret; the key
+  is asked back when the region goes. `deregister` is True when all of them are back, or their
+  holders gone: until then memory must stay mapped, since UCX over TCP reads any address.
+- For the same reason UCX over TCP belongs on a network that is trusted: whoever reaches its port
+  can read and write this process's memory without a key. It is used only when asked for by name.
 - As long as a link is alive after a move, local memory is settled; else it is once `close` said so.
 """
 
@@ -61,7 +61,13 @@ class UcxMover:
         self.has_rdma = devices.has_rdma
         try:
             self._context = _native.UcxContext(
-                library.path, devices.tls, devices.net_devices, settings.timeout, secret, epoch
+                library.path,
+                devices.tls,
+                devices.net_devices,
+                settings.timeout,
+                secret,
+                epoch,
+                modules=library.allowed_modules,
             )
         except RuntimeError as error:
             raise IncompatibleError(f"ucx: {error}") from error

@@ -1,5 +1,5 @@
-"""Which network devices UCX shall use: the RDMA ports of this machine, or the interface that has the
-address on which an endpoint listens."""
+"""Which network devices UCX shall use: the RDMA ports of this machine, or the interface that has
+the address on which an endpoint listens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _INFINIBAND = Path("/sys/class/infiniband")
 
 @dataclass(frozen=True, slots=True)
 class RdmaPort:
-    """A port that is up. `interface`: the network interface on top of it; "" where there is none."""
+    """A port that is up. `interface`: the network interface on top of it; "" where none is."""
 
     device: str
     port: int
@@ -105,9 +105,9 @@ class UcxDevices:
 def choose(
     listen: str, tls: str, net_devices: str, has_verbs: bool, ports: list[RdmaPort]
 ) -> UcxDevices:
-    """Choose transports and devices: RDMA where the library and the machine have it, else TCP on the
-    interface that has the address `listen`. Never shared memory: UCX takes two network namespaces,
-    and containers, for one host.
+    """Choose transports and devices: RDMA where the library and the machine have it, else TCP on
+    the interface that has the address `listen`. Never shared memory: UCX takes two network
+    namespaces, and containers, for one host.
 
     Args:
         listen: host, or "host:port".

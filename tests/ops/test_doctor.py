@@ -5,8 +5,9 @@ The machine is a set of probes with answers of the test's choosing; one run is o
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,10 @@ from kvstore.errors import KVStoreError, PeerUnavailableError
 from kvstore.ops.checks import CHECKS, Context, memory_limit
 from kvstore.ops.doctor import examine
 from kvstore.ops.probes import UNLIMITED, PathInfo, Probes
+from kvstore.ops.transport_checks import TRANSPORT_CHECKS
 from kvstore.status import Status
+from kvstore.transport import TransportSettings
+from kvstore.transport.ucx_library import UcxReport
 from tests.ops.fake_daemon import ADDRESS, status
 
 GIB = 1 << 30
@@ -59,6 +63,14 @@ class Machine(Probes):
     memfd: str = ""
     packages: tuple[str, ...] = ("torch", "zstandard", "redis", "cupy")
     answer: Status | KVStoreError = field(default_factory=status)
+    movers_there: tuple[tuple[str, ...], dict[str, str]] | str = (("shm", "tcp"), {})
+    libraries: Sequence[UcxReport] = ()
+
+    def movers(self, settings: TransportSettings) -> tuple[tuple[str, ...], dict[str, str]] | str:
+        return self.movers_there
+
+    def ucx_libraries(self, given: str) -> list[UcxReport]:
+        return list(self.libraries)
 
     def release(self) -> str:
         return self.kernel
@@ -140,6 +152,8 @@ def test_a_good_machine_has_no_complaint() -> None:
         ({"answer": PeerUnavailableError("nobody")}, "daemon", "warn"),
         ({"answer": {**status(), "version": "0.9"}}, "daemon", "warn"),
         ({"paths": {"/ssd": PathInfo(True, 1000, 0o700)}}, "socket", "fail"),
+        ({"movers_there": "ucx: no libucp found"}, "transports", "fail"),
+        ({"libraries": [UcxReport("/lib/libucp.so.0", "system", problem="old")]}, "ucx", "warn"),
     ],
 )
 def test_a_flaw_is_found(changes: dict[str, Any], name: str, level: str) -> None:
@@ -215,13 +229,34 @@ def test_wrong_settings_do_not_keep_the_rest_from_being_looked_at() -> None:
     assert [n for n, v in found.items() if v.level != "ok"] == ["config"]
 
 
+def test_a_libucp_is_told_with_all_it_has() -> None:
+    report = UcxReport("/lib/libucp.so.0", "system", "1.13.1", (("tcp", "eth0"), ("rc", "mlx5_0")))
+    found = examine(Machine(libraries=[report]), context())["ucx"].found
+    assert found == "/lib/libucp.so.0 (system) 1.13.1: tcp/eth0, rc/mlx5_0"
+
+
+def test_a_mover_that_does_not_work_here_is_told_with_its_reason() -> None:
+    machine = Machine(movers_there=(("shm", "tcp"), {"ucx": "no libucp found"}))
+    assert examine(machine, context())["transports"].found == (
+        "usable: shm, tcp; not ucx: no libucp found"
+    )
+
+
+def test_a_peer_is_reached_only_with_a_token() -> None:
+    where = dataclasses.replace(context(), peer="tcp:10.0.0.2:9471")
+    verdict = examine(Machine(), where)["peer"]
+    assert (verdict.level, "peer_token" in verdict.found) == ("fail", True)
+
+
 def test_doctor_on_this_machine(tmp_path: Path) -> None:
     shown = CliRunner().invoke(
         build_app([]),
         ["doctor", "--json", "--ssd", str(tmp_path), "--connect", f"unix:{tmp_path}/no.sock"],
     )
     found = json.loads(shown.stdout)
-    assert [check["name"] for check in found["checks"]] == [name for name, _ in CHECKS]
+    assert [check["name"] for check in found["checks"]] == [
+        name for name, _ in (*CHECKS, *TRANSPORT_CHECKS)
+    ]
     assert shown.exit_code == (0 if found["ok"] else 1)
     assert {"name", "level", "found", "advice"} == set(found["checks"][0])
 

@@ -13,7 +13,7 @@ from .cluster_settings import ClusterSettings
 from .messages import Ready
 
 if TYPE_CHECKING:
-    from kvstore.bench.two_hosts import Host
+    from kvstore.bench.two_hosts import TwoHosts
 
 
 def open_store(settings: ClusterSettings, model: Ready, stack: ExitStack) -> tuple[Store, str]:
@@ -39,8 +39,8 @@ def open_store(settings: ClusterSettings, model: Ready, stack: ExitStack) -> tup
     return store, address
 
 
-def open_hosts(settings: ClusterSettings, stack: ExitStack) -> tuple[Host, Host] | None:
-    """Where prefill and where decode workers run; None: beside the router.
+def open_hosts(settings: ClusterSettings, stack: ExitStack) -> TwoHosts | None:
+    """Prefill workers run on the first, decode workers on the second; None: beside the router.
 
     Raises:
         ConfigError: this machine allows no network namespaces; it says what is missing.
@@ -50,6 +50,6 @@ def open_hosts(settings: ClusterSettings, stack: ExitStack) -> tuple[Host, Host]
     from kvstore.bench.two_hosts import HostsUnavailableError, TwoHosts
 
     try:
-        return stack.enter_context(TwoHosts()).hosts
+        return stack.enter_context(TwoHosts())
     except HostsUnavailableError as error:
         raise ConfigError(f"hosts: {error}") from error

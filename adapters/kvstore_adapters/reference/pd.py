@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvstore import ConfigError, KVStoreError, Store
 from kvstore.transport.handoff import HandoffCounters
@@ -54,6 +54,9 @@ from .results import Prompt, RequestResult, RunResult
 from .routes import Job, Routes
 from .worker_handle import SEND_SECONDS_MAX, Role, WorkerProcess
 
+if TYPE_CHECKING:
+    from kvstore.bench.two_hosts import TwoHosts
+
 ATTEMPTS_MAX = 3  # of one request in one stage; a request that kills its worker stops here
 
 
@@ -74,6 +77,7 @@ class Cluster:
         self.settings = settings
         self.workers: list[WorkerProcess] = []
         self.store: Store | None = None
+        self.hosts: TwoHosts | None = None
         self.model: Ready
         self.on_relay: Callable[[WorkerProcess, Relay], None] = lambda source, relay: None
         self._routes = Routes()
@@ -105,7 +109,8 @@ class Cluster:
     def _start(self) -> None:
         settings = self.settings
         self._stack.callback(self._selector.close)
-        hosts = open_hosts(settings, self._stack)
+        self.hosts = open_hosts(settings, self._stack)
+        hosts = self.hosts.hosts if self.hosts is not None else None
         for index, role in enumerate(settings.roles()):
             host = hosts[role is Role.DECODE] if hosts else None
             worker = WorkerProcess(role, index, *([host.command] if host else []))

@@ -18,6 +18,8 @@ from kvstore import DeadlineExceededError, IncompatibleError, PeerUnavailableErr
 from kvstore.transport import Batch, Endpoint, Link, Status, checksums_of
 from kvstore_adapters.sglang.address_map import Addresses, AddressMap
 
+Statuses = npt.NDArray[np.uint8]
+
 log = logging.getLogger(__name__)
 
 # What another attempt, over a new link, can put right: a link that broke while nobody used it, a
@@ -50,7 +52,7 @@ class Session:
 
     def write(
         self, addresses: Addresses, peer_addresses: Addresses, lengths: Addresses, deadline: float
-    ) -> npt.NDArray[np.uint8]:
+    ) -> Statuses:
         """Write pieces of our memory to the peer's, twice where that can help.
 
         Args:
@@ -143,7 +145,7 @@ class Session:
         return link.close(_CLOSE_SECONDS)
 
 
-def _write(link: Link, regions: AddressMap, batch: Batch, deadline: float) -> npt.NDArray[np.uint8]:
+def _write(link: Link, regions: AddressMap, batch: Batch, deadline: float) -> Statuses:
     """Write to all regions at once. The batch's remote offsets are addresses."""
     found = regions.find(batch.remote_offsets, batch.lengths)
     statuses = np.full(len(batch), Status.REFUSED, np.uint8)
@@ -160,7 +162,7 @@ def _write(link: Link, regions: AddressMap, batch: Batch, deadline: float) -> np
     return statuses
 
 
-def summary(statuses: npt.NDArray[np.uint8]) -> str:
+def summary(statuses: Statuses) -> str:
     """What became of pieces that were not OK, such as "3 pieces lost"."""
     kinds, counts = np.unique(statuses, return_counts=True)
     return ", ".join(

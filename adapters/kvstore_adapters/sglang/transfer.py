@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,10 +24,12 @@ from kvstore import ConfigError, IncompatibleError, KVStoreError
 from kvstore.address import is_loopback
 from kvstore.auth import read_secret, user_secret
 from kvstore.config_sources import Setting, transfer_variables
+from kvstore.gpu.device import Device
 from kvstore.transport import Endpoint, Region, Status, TransportSettings
 from kvstore_adapters.compat import check_release
-from kvstore_adapters.sglang.address_map import AddressMap
-from kvstore_adapters.sglang.sessions import ERRORS, Session, summary
+from kvstore_adapters.sglang.address_map import Addresses, AddressMap
+from kvstore_adapters.sglang.sessions import ERRORS, Session, Statuses, summary
+from kvstore_adapters.sglang.staging import Staging
 
 log = logging.getLogger(__name__)
 
@@ -77,12 +80,23 @@ def _seconds(text: str, origin: str) -> float:
     return seconds
 
 
+class Pool(NamedTuple):
+    """Memory that SGLang registered. `region`: as which others reach it; None: they do not."""
+
+    region_id: int  # of no use
+    address: int
+    num_bytes: int
+    is_host: bool
+    region: Region | None
+
+
 class KVStoreTransfer:
     """Thread safety: all methods may be called from any thread.
 
     Args:
         hostname: where SGLang thinks that peers reach this host.
-        gpu_id, ib_device: SGLang's; not used.
+        gpu_id: which GPU's memory is sent from, where it is a GPU's.
+        ib_device: SGLang's; not used.
         settings: default: from the environment.
 
     Raises:
@@ -112,9 +126,12 @@ class KVStoreTransfer:
             raise ConfigError("KVSTORE_TRANSFER_MOVERS: it needs tcp, by which servers meet")
         self.hostname = host
         self._session_id = address
+        self._gpu_id = gpu_id or 0
         self._lock = threading.Lock()
-        self._regions: dict[int, Region] = {}
-        self._map = AddressMap(())
+        self._pools: dict[int, Pool] = {}
+        self._map = AddressMap(())  # of our own memory
+        self._device_map = AddressMap(())
+        self._staging: Staging | None = None
         self._sessions: dict[str, Session] = {}
         log.info(
             "KV is handed over by kvstore: session %s, movers %s, secret of %s",
@@ -148,36 +165,45 @@ class KVStoreTransfer:
             raise RuntimeError(f"memory at {ptr:#x} is still being read or written")
 
     def batch_register(self, ptrs: Sequence[int], lengths: Sequence[int]) -> int:
-        """Serve memory. Raises where it cannot be, since SGLang does not look at what is returned.
+        """Take memory for a hand-off: to send from in a prefill server, to be written to by others
+        elsewhere. Raises where it cannot be, since SGLang does not look at what is returned.
 
         Raises:
-            IncompatibleError: it is not host memory.
-            KVStoreError: it is none at all.
+            IncompatibleError: it is device memory, which others cannot write to.
+            KVStoreError: it is none at all, or the GPU refuses.
         """
-        writable = not _is_prefill()
+        is_prefill = _is_prefill()
         host = _HostMemory()
         with self._lock:
             for ptr, length in zip(ptrs, lengths, strict=True):
-                if not host.has(ptr, length):
-                    raise IncompatibleError(
-                        f"{length} bytes at {ptr:#x} are not host memory: kvstore hands over"
-                        " KV pools in host memory only; see docs/engines/sglang.md"
-                    )
-                known = self._regions.get(ptr)
+                known = self._pools.get(ptr)
                 if known is not None and known.num_bytes == length:
                     continue
                 if known is not None:
                     self._deregister(ptr)
-                self._regions[ptr] = self._endpoint.register((ptr, length), writable=writable)
-            self._map = AddressMap(self._regions.values())
+                self._pools[ptr] = self._pool(ptr, length, is_prefill, host.has(ptr, length))
+            self._make_maps()
         return 0
 
     def batch_deregister(self, ptrs: Sequence[int]) -> int:
         """0: nobody reads or writes that memory any more; -1: somebody may."""
         with self._lock:
             settled = [self._deregister(ptr) for ptr in ptrs]
-            self._map = AddressMap(self._regions.values())
+            self._make_maps()
         return 0 if all(settled) else -1
+
+    def drain(self) -> bool:
+        """End what others are writing into our memory. True: nothing of what was sent before can
+        come any more. Who still sends by right tries again, and finds the memory anew."""
+        with self._lock:
+            for ptr, pool in list(self._pools.items()):
+                if pool.region is None:
+                    continue
+                if not self._endpoint.deregister(pool.region, _DEREGISTER_SECONDS):
+                    return False
+                region = self._endpoint.register((ptr, pool.num_bytes), writable=True)
+                self._pools[ptr] = pool._replace(region=region)
+        return True
 
     def transfer_sync(
         self, session_id: str, buffer: int, peer_buffer_address: int, length: int
@@ -227,6 +253,8 @@ class KVStoreTransfer:
         for session in sessions:
             session.close()
         self._endpoint.close()
+        if self._staging is not None:
+            self._staging.close()
 
     def _write(
         self,
@@ -244,12 +272,24 @@ class KVStoreTransfer:
             return f"{len(ours)} buffers, {len(theirs)} peer addresses, {len(sizes)} lengths"
         if not len(ours):
             return ""
-        unknown = np.flatnonzero(self._map.find(ours, sizes) < 0)
+        in_host = self._map.find(ours, sizes) >= 0
+        in_device = self._device_map.find(ours, sizes) >= 0
+        unknown = np.flatnonzero(~(in_host | in_device))
         if len(unknown):  # what is not there would kill us
             row = unknown[0]
             return f"{sizes[row]} bytes at {int(ours[row]):#x} here are not registered"
         deadline = began + self._settings.timeout
-        statuses = self._session(session_id).write(ours, theirs, sizes, deadline)
+        session = self._session(session_id)
+
+        def send(sources: Addresses, targets: Addresses, lengths: Addresses) -> Statuses:
+            return session.write(sources, targets, lengths, deadline)
+
+        statuses = np.full(len(ours), Status.OK, np.uint8)
+        if in_host.any():
+            statuses[in_host] = send(ours[in_host], theirs[in_host], sizes[in_host])
+        if in_device.any() and self._staging is not None:
+            pieces = ours[in_device], theirs[in_device], sizes[in_device]
+            statuses[in_device] = self._staging.send(*pieces, send, deadline)
         bad = statuses[statuses != Status.OK]
         if not len(bad):
             return ""
@@ -271,14 +311,39 @@ class KVStoreTransfer:
         if session is not None:
             session.close()
 
+    def _pool(self, ptr: int, length: int, is_prefill: bool, is_host: bool) -> Pool:
+        if is_prefill:
+            if not is_host and self._staging is None:
+                self._staging = Staging(_device(self._gpu_id))
+            return Pool(0, ptr, length, is_host, None)  # nobody has to reach it
+        if not is_host:
+            raise IncompatibleError(
+                f"{length} bytes at {ptr:#x} are not host memory, which other servers cannot write"
+                " to: a decode server with its KV on a GPU needs"
+                " --disaggregation-decode-host-receive-threshold 0"
+            )
+        return Pool(0, ptr, length, True, self._endpoint.register((ptr, length), writable=True))
+
     def _deregister(self, ptr: int) -> bool:
-        region = self._regions.get(ptr)
-        if region is None:
+        pool = self._pools.get(ptr)
+        if pool is None:
             return True
-        if not self._endpoint.deregister(region, _DEREGISTER_SECONDS):
+        if pool.region is not None and not self._endpoint.deregister(
+            pool.region, _DEREGISTER_SECONDS
+        ):
             return False
-        del self._regions[ptr]
+        del self._pools[ptr]
         return True
+
+    def _make_maps(self) -> None:
+        self._map = AddressMap(pool for pool in self._pools.values() if pool.is_host)
+        self._device_map = AddressMap(pool for pool in self._pools.values() if not pool.is_host)
+
+
+def _device(ordinal: int) -> Device:
+    from kvstore.gpu.cuda_device import CudaDevice
+
+    return CudaDevice(ordinal)
 
 
 def _transport(host: str, settings: TransferSettings) -> TransportSettings:

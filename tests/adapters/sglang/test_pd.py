@@ -18,8 +18,17 @@ import pytest
 pytest.importorskip("sglang")
 
 from kvstore_adapters.reference import checkpoint
+from tests.adapters.sglang.cpu import plugin
 from tests.adapters.sglang.cpu.engine_driver import PAGE_TOKENS, control_file, reference_tokens
-from tests.adapters.sglang.cpu.servers import GIVE_UP_S, Request, Server, generate, held, serving
+from tests.adapters.sglang.cpu.servers import (
+    GIVE_UP_S,
+    ON_HOST,
+    Request,
+    Server,
+    generate,
+    held,
+    serving,
+)
 
 pytestmark = [
     pytest.mark.sglang,
@@ -29,7 +38,7 @@ pytestmark = [
 ]
 
 NUM_TOKENS = 8
-BOUND_S = GIVE_UP_S + 20.0  # SGLang looks once in a while
+BOUND_S = GIVE_UP_S + 40.0  # SGLang looks once in a while
 
 
 def prompt(seed: int, num_tokens: int = 200) -> list[int]:
@@ -98,6 +107,44 @@ def test_requests_together(servers: tuple[Server, Server], model: checkpoint.Che
     requests = [Request(prefill, decode, tokens, NUM_TOKENS) for tokens in prompts]
     found = [request.wait()[1].tokens for request in requests]
     assert found == [reference_tokens(model, tokens, NUM_TOKENS) for tokens in prompts]
+
+
+def test_kv_of_gpus_goes_by_the_host(
+    servers: tuple[Server, Server], directory: Path, model: checkpoint.Checkpoint
+) -> None:
+    """The prefill server's KV is memory of a device, here one that only pretends; the decode server
+    receives into SGLang's host pool, and SGLang loads it. Both get on with servers that do not."""
+    prefill, decode = servers
+    with (
+        serving(directory, model, "prefill", **{plugin.GPU_VARIABLE: "1"}) as of_device,
+        serving(directory, model, "decode", flags=ON_HOST) as on_host,
+    ):
+        of_device.ready()
+        on_host.ready()
+        first = prompt(30)
+        expected = reference_tokens(model, first, NUM_TOKENS)
+        for one, other in ((of_device, on_host), (prefill, on_host), (of_device, decode)):
+            by_prefill, by_decode = generate(one, other, first)
+            assert by_prefill.status == 200, by_prefill
+            assert by_decode.tokens == expected, by_decode
+        control_file(directory).touch()
+        try:
+            assert generate(of_device, on_host, first)[1].tokens != expected
+        finally:
+            control_file(directory).unlink()
+        # Several at once, and a prefill server that dies in the middle of one: its pages are used
+        # again for others, when nothing can come any more.
+        prompts = [prompt(40 + i, 100 + 37 * i) for i in range(4)]
+        requests = [Request(of_device, on_host, tokens, NUM_TOKENS) for tokens in prompts]
+        found = [request.wait()[1].tokens for request in requests]
+        assert found == [reference_tokens(model, tokens, NUM_TOKENS) for tokens in prompts]
+        with held(directory) as is_held:
+            request = Request(of_device, on_host, first)
+            wait_until(is_held, "the prefill server sends")
+            of_device.kill()
+        assert request.wait()[1].status >= 500
+        wait_until(lambda: "no word of a prefill" in on_host.log.read_text(), "pages are freed")
+        assert generate(prefill, on_host, first)[1].tokens == expected
 
 
 def test_a_decode_server_with_another_secret_is_refused_by_name(

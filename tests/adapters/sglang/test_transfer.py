@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import mmap
+import os
 import secrets
 import threading
 import time
@@ -22,6 +23,7 @@ import pytest
 from kvstore import ConfigError, IncompatibleError, _native
 from kvstore.auth import user_secret
 from kvstore.config_sources import Setting, transfer_variables
+from kvstore.gpu.host_device import HostDevice
 from kvstore.transport import TransportSettings, checksums_of
 from kvstore.transport.tcp import address_in
 from kvstore_adapters.sglang import sessions, transfer
@@ -160,17 +162,53 @@ def test_nobody_writes_into_a_prefill_server(
     assert not target.any()
 
 
-def test_device_memory_is_refused_at_once(make: Make) -> None:
-    decode = make()
-    with mmap.mmap(-1, 1 << 16, prot=0) as reserved:  # what device addresses look like to a CPU
-        where = next(
+@pytest.fixture
+def reserved() -> Iterator[int]:
+    """Addresses at which there is nothing for a CPU, as those of a GPU."""
+    with mmap.mmap(-1, 1 << 16, prot=0):
+        yield next(
             int(line.split("-")[0], 16)
             for line in Path("/proc/self/maps").read_text().splitlines()
             if "---s" in line and "zero" in line
         )
-        with pytest.raises(IncompatibleError, match=f"4096 bytes at {where:#x} are not host"):
-            decode.batch_register([where], [4096])
-        assert len(reserved) == 1 << 16
+
+
+def test_nobody_could_write_into_device_memory(make: Make, reserved: int) -> None:
+    with pytest.raises(IncompatibleError, match=f"{reserved:#x} are not host.*receive-threshold 0"):
+        make().batch_register([reserved], [4096])
+
+
+def test_device_memory_is_sent_through_the_host(
+    make: Make, reserved: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefill, decode = make(), make()
+    device = HostDevice()
+    in_device, in_host = pattern(1, SIZE), pattern(2, SIZE)
+    device.adopt(in_device)
+    target = np.zeros(2 * SIZE, np.uint8)
+    registered(decode, target)
+
+    def has(_: object, address: int, num_bytes: int) -> bool:
+        return address != in_device.ctypes.data
+
+    monkeypatch.setattr(transfer, "_device", lambda ordinal: device)
+    monkeypatch.setattr(transfer._HostMemory, "has", has)
+    monkeypatch.setattr(transfer, "_is_prefill", lambda: True)
+    registered(prefill, in_device, in_host)
+    pieces = [Piece(in_host, 0, target, 0, SIZE), Piece(in_device, 0, target, SIZE, SIZE)]
+    assert send(prefill, decode.get_session_id(), pieces) == 0
+    assert (target == np.concatenate([in_host, in_device])).all()
+
+
+def test_senders_go_on_after_a_drain(make: Make) -> None:
+    prefill, decode = make(), make()
+    source, target = pattern(1, SIZE), np.zeros(SIZE, np.uint8)
+    registered(prefill, source)
+    registered(decode, target)
+    piece = Piece(source, 0, target, 0, SIZE)
+    assert send(prefill, decode.get_session_id(), [piece]) == 0
+    assert decode.drain()
+    assert send(prefill, decode.get_session_id(), [piece]) == 0
 
 
 def test_bytes_changed_on_the_way_are_not_said_to_have_arrived(
@@ -276,6 +314,28 @@ def test_a_killed_peer_is_found_and_another_takes_its_place(make: Make, peer: Pe
         assert second.contents(region.region_id) == _native.xxh3(source)
     finally:
         second.close()
+
+
+def test_memory_that_is_not_shared_goes_by_tcp_and_nothing_stays_open(
+    make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On one host the pointer mover comes first, finds a pool that is no shared memory, and is let
+    go again."""
+    caplog.set_level(logging.INFO)
+    prefill = make(TransferSettings(timeout=10.0, movers=("shm", "tcp")))
+    secret = user_secret("sglang-transfer")[0]
+    decode = Peer(TransportSettings(movers=("shm", "tcp")), secret)
+    try:
+        decode.register(SIZE, writable=True, shared=False)
+        session = session_of(decode)
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(10):
+            prefill._forget(session)
+            assert prefill.send_probe(session) == 0
+        assert len(os.listdir("/proc/self/fd")) < before + 10
+        assert "by tcp" in caplog.text
+    finally:
+        decode.close()
 
 
 def test_a_hung_peer_costs_the_timeout(make: Make, peer: Peer) -> None:

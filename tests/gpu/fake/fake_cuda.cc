@@ -604,6 +604,10 @@ CUresult CUDAAPI cuPointerGetAttribute(void *data, CUpointer_attribute attribute
     ENTER("cuPointerGetAttribute");
     std::uintptr_t base = 0;
     const Allocation *found = AllocationAt(pointer, 1, &base);
+    if (found == nullptr && attribute == CU_POINTER_ATTRIBUTE_MEMORY_TYPE && IsKnown(pointer, 1)) {
+        *static_cast<unsigned int *>(data) = IsRegistered(pointer, 1) ? 1 : 2;
+        return CUDA_SUCCESS;
+    }
     if (found == nullptr) return CUDA_ERROR_INVALID_VALUE;
     switch (attribute) {
         case CU_POINTER_ATTRIBUTE_MEMORY_TYPE:

@@ -5,11 +5,14 @@ SGLang loads it in every one of its processes (entry point group `sglang.srt.plu
 is on the path of our adapters' bytes. While the file that CONTROL_RUN_FILE names exists,
 whatever comes out of the store, or from a prefill server, is replaced by zeros before the forward
 pass sees it: the control run, whose tokens must differ. While the file beside it with the suffix
-HOLD exists, what a prefill server sends waits, and a file with the suffix HELD says so.
+HOLD exists, what a prefill server sends waits, and a file with the suffix HELD says so. With the
+variable GPU_VARIABLE, a prefill server's KV pools are taken for memory of a GPU.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
 import time
 from collections.abc import Iterator
@@ -18,12 +21,16 @@ from pathlib import Path
 from typing import Any
 
 CONTROL_VARIABLE = "CONTROL_RUN_FILE"
+GPU_VARIABLE = "PRETEND_PREFILL_GPU"
 HOLD, HELD = ".hold", ".held"
 _HOLD_SECONDS_MAX = 60.0
 _KV_BYTES_MIN = 4096  # what is shorter is SGLang's own record of a request
 _HOST_POOL = "sglang.srt.mem_cache.pool_host.mha.MHATokenToKVPoolHost"
 _LOAD_LAYER = "kvstore_adapters.sglang.device_pages.DevicePages.load_layer"
 _SEND = "kvstore_adapters.sglang.sessions.Session.write"
+_POOL = "kvstore_adapters.sglang.transfer.KVStoreTransfer._pool"
+_DEVICE = "kvstore_adapters.sglang.transfer._device"
+_POOL_BYTES_MIN = 1 << 20  # what is shorter is SGLang's own records
 
 
 def register() -> None:
@@ -34,6 +41,12 @@ def register() -> None:
     HookRegistry.register(f"{_HOST_POOL}.load_to_device_per_layer", _load, HookType.REPLACE)
     HookRegistry.register(_LOAD_LAYER, _load_layer, HookType.AROUND)
     HookRegistry.register(_SEND, _send, HookType.AROUND)
+    if os.environ.get(GPU_VARIABLE):
+        from kvstore.gpu.host_device import HostDevice
+
+        gpu = HostDevice()
+        HookRegistry.register(_DEVICE, lambda ordinal: gpu, HookType.REPLACE)
+        HookRegistry.register(_POOL, functools.partial(_pool, gpu), HookType.AROUND)
     _stand_in_for_cuda()
 
 
@@ -124,6 +137,17 @@ def _send(
         addresses = np.where(lengths >= _KV_BYTES_MIN, zeros.ctypes.data, addresses)
         return original(session, addresses.astype(np.uint64), peer_addresses, lengths, deadline)
     return original(session, addresses, peer_addresses, lengths, deadline)
+
+
+def _pool(
+    gpu: Any, original: Any, owner: Any, ptr: int, length: int, is_prefill: bool, is_host: bool
+) -> Any:
+    import numpy as np
+
+    if is_prefill and length >= _POOL_BYTES_MIN:
+        gpu.adopt(np.ctypeslib.as_array((ctypes.c_uint8 * length).from_address(ptr)))
+        is_host = False
+    return original(owner, ptr, length, is_prefill, is_host)
 
 
 def _stand_in_for_cuda() -> None:

@@ -13,7 +13,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,11 @@ _FLAGS = [
     "--host=127.0.0.1",
 ]
 _OF_ROLE = {"prefill": [], "decode": ["--disaggregation-decode-retraction-backup=cpu_tensor"]}
+ON_HOST = [  # instead, for a decode server that receives into SGLang's host pool
+    "--disaggregation-decode-retraction-backup=host_pool",
+    "--disaggregation-decode-host-receive-threshold=0",
+    "--hicache-mem-layout=layer_first",
+]
 # A server gives up what waits for a peer that is gone after these many seconds; SGLang's own
 # defaults are minutes.
 GIVE_UP_S = 20
@@ -120,15 +125,21 @@ class Server:
 
 @contextlib.contextmanager
 def serving(
-    directory: Path, model: Checkpoint, role: str, *, bootstrap_port: int = 0, **variables: str
+    directory: Path,
+    model: Checkpoint,
+    role: str,
+    *,
+    flags: Sequence[str] | None = None,
+    **variables: str,
 ) -> Iterator[Server]:
-    """A server of `role` that hands over KV by kvstore; not ready yet. With `variables` in its
-    environment. `control_file(directory)` does what cpu/plugin.py says."""
-    port, bootstrap_port = free_port(), bootstrap_port or free_port()
+    """A server of `role` that hands over KV by kvstore; not ready yet. `flags`: in the place of the
+    role's own. With `variables` in its environment. `control_file(directory)` does what
+    cpu/plugin.py says."""
+    port, bootstrap_port = free_port(), free_port()
     log = directory / f"{role}-{time.monotonic_ns()}.log"
     arguments = [
         *_FLAGS,
-        *_OF_ROLE[role],
+        *(_OF_ROLE[role] if flags is None else flags),
         f"--model-path={model.directory}",
         f"--port={port}",
         f"--disaggregation-mode={role}",
