@@ -11,7 +11,7 @@ import ctypes
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from ctypes import byref, c_int, c_uint, c_uint64, c_ulonglong, c_void_p
+from ctypes import byref, c_int, c_size_t, c_uint, c_uint64, c_ulonglong, c_void_p
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -211,6 +211,26 @@ class CudaDevice:
             ]
         is_device = kind.value == cuda.MEMORY_TYPE_DEVICE
         return not any(codes) and is_device and ordinal.value == self.ordinal
+
+    def allocation_of(self, address: int, num_bytes: int) -> tuple[int, int]:
+        """Return where the allocation or registration around a piece begins, and its bytes; 0
+        bytes: the driver knows none. What it knows can be copied without waiting."""
+        base, size, kind = c_uint64(), c_size_t(), c_uint()
+
+        def ask(value: Any, attribute: int, at: int) -> int:
+            return self.driver.try_call("cuPointerGetAttribute", byref(value), attribute, at)
+
+        with self.current():
+            if not (
+                ask(base, cuda.POINTER_RANGE_START, address)
+                or ask(size, cuda.POINTER_RANGE_SIZE, address)
+            ):
+                return base.value, size.value
+            # Known, but not its bounds: the piece for itself.
+            ends = (address, address + max(num_bytes, 1) - 1)
+            if any(ask(kind, cuda.POINTER_MEMORY_TYPE, end) for end in ends):
+                return 0, 0
+        return address, num_bytes
 
     def write(self, address: int, data: npt.NDArray[np.uint8]) -> None:
         data = np.ascontiguousarray(data)
@@ -427,8 +447,10 @@ class CudaDevice:
             return
         size = int(sizes[0])
         if size < _EACH_BYTES_MIN and len(to) > _EACH_PIECES_MAX and (sizes == size).all():
-            self._copy_small(to, from_, size, stream)
-            return
+            with suppress(GpuError):  # no kernels: then one by one
+                self._function("kv_gather_1")
+                self._copy_small(to, from_, size, stream)
+                return
         with self.current():
             for piece in zip(to.tolist(), from_.tolist(), sizes.tolist(), strict=True):
                 self.driver.call("cuMemcpyAsync", *piece, stream)
