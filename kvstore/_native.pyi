@@ -701,6 +701,7 @@ class UcxContext:
         epoch: int,
         settings: Sequence[tuple[str, str]] = ...,
         spin: float = ...,
+        modules: str = ...,
     ) -> None: ...
     @property
     def version(self) -> str: ...

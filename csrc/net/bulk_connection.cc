@@ -218,7 +218,7 @@ BulkConnection::End BulkConnection::Drive(BulkMove &move) {
         if (now >= move.deadline_ns) return End::kLate;
         if (silent_) return End::kLost;
         if (moved) continue;
-        if (now < moved_ns + kBulkSpinNs) {
+        if (outgoing_.empty() && now < moved_ns + kBulkSpinNs) {
             CpuPause();
             continue;
         }

@@ -37,7 +37,7 @@ private:
     bool ReceiveExactly(std::size_t bytes, std::int64_t deadline_ns, bool may_idle);
     bool Wait(short events, std::int64_t deadline_ns);
     template <typename Attempt>
-    ssize_t Until(short events, std::int64_t deadline_ns, Attempt attempt);
+    ssize_t Until(short events, std::int64_t deadline_ns, std::int64_t spin_ns, Attempt attempt);
     void Pace(ssize_t bytes);
     bool SendParts();
     bool Reply(BulkOp op, std::uint8_t status, const void *head, std::size_t bytes);

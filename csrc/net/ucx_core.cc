@@ -26,7 +26,9 @@ Pairs TcpSettings(const UcxOptions &options) {
 
 Pairs Settings(const UcxOptions &options) {
     Pairs settings = {{"TLS", options.tls},
-                      {"KEEPALIVE_INTERVAL", Milliseconds(options.timeout / 2)}};
+                      // We ping, and a peer can tell that from its own doing: UCX's rounds are
+                      // events to whoever makes them.
+                      {"KEEPALIVE_INTERVAL", "inf"}};
     if (!options.net_devices.empty()) settings.emplace_back("NET_DEVICES", options.net_devices);
     for (const auto &[name, value] : TcpSettings(options)) {
         settings.emplace_back("TCP_" + name, value);
@@ -39,7 +41,7 @@ Pairs Settings(const UcxOptions &options) {
 
 UcxCore::UcxCore(UcxOptions options)
     : options_(std::move(options)),
-      library_(UcxLibrary::Load(options_.library)),
+      library_(UcxLibrary::Load(options_.library, options_.modules)),
       timeout_ns_(static_cast<std::int64_t>(options_.timeout * 1e9)),
       spin_ns_(static_cast<std::int64_t>(options_.spin * 1e9)),
       pid_(getpid()) {

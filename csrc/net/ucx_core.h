@@ -17,6 +17,7 @@ namespace kvstore {
 
 struct UcxOptions {
     std::string library;      // path of a libucp
+    std::string modules;      // its optional parts, as in UCX_MODULES; "" for all
     std::string tls;          // transports, as in UCX_TLS
     std::string net_devices;  // as in UCX_NET_DEVICES; "" for all
     double timeout = 2.0;     // seconds of silence after which a peer counts as gone

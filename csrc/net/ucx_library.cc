@@ -100,7 +100,7 @@ std::string LastUcxLog() {
     return last_log;
 }
 
-UcxLibrary::UcxLibrary(const std::string &path) : path_(path) {
+UcxLibrary::UcxLibrary(const std::string &path, const std::string &modules) : path_(path) {
     const std::string directory = DirectoryOf(path);
     for (const std::string &other : LoadedParts()) {
         if (DirectoryOf(other) != directory) {
@@ -130,16 +130,20 @@ UcxLibrary::UcxLibrary(const std::string &path) : path_(path) {
     }
     KV_UCX_FUNCTIONS(KV_UCX_FIND)
 #undef KV_UCX_FIND
+    void *set = modules.empty() ? nullptr : dlsym(handle, "ucs_global_opts_set_value");
+    if (set != nullptr) {
+        reinterpret_cast<Status (*)(const char *, const char *)>(set)("MODULES", modules.c_str());
+    }
     if (void *push = dlsym(handle, "ucs_log_push_handler"); push != nullptr) {
         reinterpret_cast<void (*)(decltype(&KeepLog))>(push)(&KeepLog);
     }
 }
 
-const UcxLibrary &UcxLibrary::Load(const std::string &path) {
+const UcxLibrary &UcxLibrary::Load(const std::string &path, const std::string &modules) {
     static std::unique_ptr<UcxLibrary> loaded;
     std::lock_guard lock(load_mutex);
     const std::string real = RealPath(path);
-    if (loaded == nullptr) loaded.reset(new UcxLibrary(real));
+    if (loaded == nullptr) loaded.reset(new UcxLibrary(real, modules));
     if (loaded->path() != real) {
         throw UcxFailure(Kind::kLibrary, real + ": this process already uses " + loaded->path());
     }

@@ -32,8 +32,9 @@ public:
 
 class UcxLibrary {
 public:
-    // The library at `path`, an absolute path. Throws UcxFailure (kLibrary), which names the path.
-    static const UcxLibrary &Load(const std::string &path);
+    // The library at `path`, an absolute path. `modules`: which of its optional parts it may load,
+    // as in UCX_MODULES; "" for what that says. Throws UcxFailure (kLibrary), which names the path.
+    static const UcxLibrary &Load(const std::string &path, const std::string &modules);
 
     const ucx::Functions &api() const { return api_; }
     const std::string &path() const { return path_; }
@@ -41,7 +42,7 @@ public:
     std::string Text(ucx::Status status) const;
 
 private:
-    explicit UcxLibrary(const std::string &path);
+    UcxLibrary(const std::string &path, const std::string &modules);
 
     ucx::Functions api_;
     std::string path_;

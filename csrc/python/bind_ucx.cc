@@ -172,7 +172,8 @@ void BindUcx(py::module_ &m) {
     py::class_<UcxContext>(m, "UcxContext")
         .def(py::init([](std::string library, std::string tls, std::string net_devices,
                          double timeout, const py::bytes &secret, std::uint64_t epoch,
-                         std::vector<std::pair<std::string, std::string>> settings, double spin) {
+                         std::vector<std::pair<std::string, std::string>> settings, double spin,
+                         std::string modules) {
                  UcxOptions options;
                  options.library = std::move(library);
                  options.tls = std::move(tls);
@@ -182,6 +183,7 @@ void BindUcx(py::module_ &m) {
                  options.epoch = epoch;
                  options.settings = std::move(settings);
                  options.spin = spin;
+                 options.modules = std::move(modules);
                  if (!(timeout >= 0.01 && timeout <= 3600)) {
                      throw py::value_error("timeout must be from 0.01 to 3600 seconds");
                  }
@@ -194,7 +196,8 @@ void BindUcx(py::module_ &m) {
                  return Unlocked([&] { return std::make_unique<UcxContext>(std::move(options)); });
              }),
              "library"_a, "tls"_a, "net_devices"_a, "timeout"_a, "secret"_a, "epoch"_a,
-             "settings"_a = std::vector<std::pair<std::string, std::string>>{}, "spin"_a = 50e-6)
+             "settings"_a = std::vector<std::pair<std::string, std::string>>{}, "spin"_a = 50e-6,
+             "modules"_a = "")
         .def_property_readonly("version", &UcxContext::version)
         .def_property_readonly("library", &UcxContext::library)
         .def("transports",

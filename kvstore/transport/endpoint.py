@@ -259,12 +259,15 @@ class Endpoint:
             if not choice.usable:
                 reasons.append(f"{choice.mover}: {choice.reason}")
                 continue
+            link = None
             try:
                 mover_link = self._movers[choice.mover].connect(peer, seconds)
                 link = Link(choice.mover, choice.reason, peer, mover_link, self._settings.timeout)
                 for region in peer.regions:
                     link.add_region(region)
             except (PeerUnavailableError, DeadlineExceededError, IncompatibleError) as error:
+                if link is not None:
+                    link.close()
                 failure = error
                 reasons.append(f"{choice.mover}: {error}")
                 continue

@@ -61,7 +61,13 @@ class UcxMover:
         self.has_rdma = devices.has_rdma
         try:
             self._context = _native.UcxContext(
-                library.path, devices.tls, devices.net_devices, settings.timeout, secret, epoch
+                library.path,
+                devices.tls,
+                devices.net_devices,
+                settings.timeout,
+                secret,
+                epoch,
+                modules=library.allowed_modules,
             )
         except RuntimeError as error:
             raise IncompatibleError(f"ucx: {error}") from error

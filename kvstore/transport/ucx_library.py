@@ -5,7 +5,7 @@ named (setting, or $KVSTORE_UCX_LIB), and then no other; the system's, if it was
 the one inside the NIXL wheel, which was; the `libucx-cu1x` wheel, which moves by TCP only; at last
 the system's without verbs. A process loads one.
 
-    python -m kvstore.transport.ucx_library [PATH]      what there is, or what one can, as JSON
+    python -m kvstore.transport.ucx_library      what there is and what each can, as JSON
 """
 
 from __future__ import annotations
@@ -51,6 +51,17 @@ class UcxLibrary:
     @property
     def has_verbs(self) -> bool:
         return "ib" in self.modules
+
+    @property
+    def allowed_modules(self) -> str:
+        """What to set UCX_MODULES to; "": as it is.
+
+        NIXL's wheel has a module for EFA without the library that it needs. It takes the system's,
+        which brings second copies of libibverbs and libnl, and the process crashes when it exits.
+        """
+        if self.origin == "nixl" and not any(Path(self.path).parent.glob("libefa*")):
+            return "^efa"
+        return ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +148,7 @@ def probe(library: UcxLibrary) -> UcxReport:
     """Load a libucp in another process, since this one can load only one, and ask it."""
     if library.problem:
         return UcxReport(library.path, library.origin, problem=library.problem)
-    command = [sys.executable, "-m", "kvstore.transport.ucx_library", library.path]
+    command = [sys.executable, "-m", __name__, library.path, library.allowed_modules]
     try:
         done = subprocess.run(
             command, capture_output=True, timeout=_PROBE_SECONDS, check=False, text=True
@@ -156,9 +167,10 @@ def probe(library: UcxLibrary) -> UcxReport:
     )
 
 
-def _ask(path: str) -> dict[str, object]:
+def _ask(path: str, modules: str) -> dict[str, object]:
+    secret = secrets.token_bytes(32)
     try:
-        context = _native.UcxContext(path, "all", "", 2.0, secrets.token_bytes(32), 1)
+        context = _native.UcxContext(path, "all", "", 2.0, secret, 1, modules=modules)
         version, transports = context.version, context.transports()
         context.close()
     except RuntimeError as error:
@@ -168,7 +180,7 @@ def _ask(path: str) -> dict[str, object]:
 
 def main(arguments: list[str]) -> None:
     if arguments:
-        sys.stdout.write(json.dumps(_ask(arguments[0])))
+        sys.stdout.write(json.dumps(_ask(arguments[0], *arguments[1:2] or ("",))))
     else:
         reports = [asdict(probe(library)) for library in candidates()]
         sys.stdout.write(json.dumps(reports, indent=2) + "\n")
