@@ -111,12 +111,12 @@ class Call:
         self._here = here
 
     def read(self, region: int = REGION, timeout: float = BOUND_S, cancel: Any = None) -> list[int]:
-        return self._link.read(region, *self._rest, timeout, cancel).tolist()
+        return list(self._link.read(region, *self._rest, timeout, cancel).tolist())
 
     def write(
         self, region: int = REGION, timeout: float = BOUND_S, cancel: Any = None
     ) -> list[int]:
-        return self._link.write(region, *self._rest, timeout, cancel).tolist()
+        return list(self._link.write(region, *self._rest, timeout, cancel).tolist())
 
 
 def test_bytes_and_checksums_are_exact_both_ways(own: Served) -> None:
