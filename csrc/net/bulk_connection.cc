@@ -93,6 +93,9 @@ BulkConnection::BulkConnection(const std::string &address, const std::string &se
     }
 }
 
+BulkConnection::BulkConnection(int fd, std::int64_t silence_ns)
+    : address_("a socket"), interrupted_(nullptr), silence_ns_(silence_ns), fd_(fd) {}
+
 BulkConnection::~BulkConnection() { close(fd_); }
 
 void BulkConnection::Fail(Kind kind, const std::string &what, int status) const {

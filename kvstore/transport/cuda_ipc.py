@@ -24,15 +24,21 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
-from kvstore import _native
 from kvstore._native import CancelFlag
 from kvstore.errors import GpuError, IncompatibleError, PeerUnavailableError
 from kvstore.gpu.cuda_device import CudaDevice
-from kvstore.gpu.device import POLL_SECONDS, Event
-from kvstore.gpu.driver import IPC_HANDLE_BYTES, Driver
+from kvstore.gpu.device import Event, poll_pauses
+from kvstore.gpu.driver import Driver
 from kvstore.gpu.ipc import Imports, SharedEvent, export_memory
+from kvstore.transport.cuda_regions import (
+    Mapped,
+    RegionKey,
+    close_region,
+    joined,
+    open_region,
+    sums_of,
+)
 from kvstore.transport.settings import TransportSettings
 from kvstore.transport.shm import start_of, try_lock
 from kvstore.transport.types import (
@@ -42,22 +48,11 @@ from kvstore.transport.types import (
     RegionInfo,
     Status,
     Statuses,
+    U64s,
     all_of,
 )
 
 _WATCH_SECONDS = 0.1  # how long after an owner's death its memory is closed, at most
-
-
-class _Key(msgspec.Struct, frozen=True, array_like=True):
-    """Where a region is. `fd`, `inode`: the file on which those who have it open hold a lock."""
-
-    uuid: bytes
-    handle: bytes
-    offset: int
-    allocation_bytes: int
-    event: bytes
-    fd: int
-    inode: int
 
 
 class _Info(msgspec.Struct, frozen=True, array_like=True):
@@ -113,7 +108,7 @@ class CudaIpcMover:
         with self._lock:
             self._served[region.region_id] = _Served(region, event, lock_file)
         return msgspec.msgpack.encode(
-            _Key(
+            RegionKey(
                 self.device.uuid,
                 exported.handle,
                 exported.offset,
@@ -189,18 +184,6 @@ class CudaIpcMover:
         self.device.close()
 
 
-@dataclass(frozen=True, slots=True)
-class _Mapped:
-    """A peer's region, here."""
-
-    address: int
-    num_bytes: int
-    writable: bool
-    event: SharedEvent
-    handle: bytes = b""  # b"": of this process
-    fd: int = -1  # holds our lock
-
-
 class CudaIpcLink:
     """See `kvstore.transport.mover.MoverLink`."""
 
@@ -213,7 +196,7 @@ class CudaIpcLink:
         self._pid = peer.pid
         self._pidfd = -1
         self._lock = threading.Lock()  # guards all below
-        self._regions: dict[int, _Mapped] = {}
+        self._regions: dict[int, Mapped] = {}
         self._moving: dict[int, Event | None] = {}  # None: being enqueued
         self._next_move = 0
         self._closed = False
@@ -250,70 +233,25 @@ class CudaIpcLink:
         return bool(poll.poll(0))
 
     def open(self, region: RegionInfo) -> None:
-        key = msgspec.msgpack.decode(region.keys["cuda"], type=_Key)
+        key = msgspec.msgpack.decode(region.keys["cuda"], type=RegionKey)
         if self._neighbour is not None:
             found = self._neighbour.served(region.region_id)
             if found is None:
                 raise PeerUnavailableError(f"cuda: region {region.region_id} is served no more")
-            mapped = _Mapped(region.address, region.num_bytes, region.writable, found[1])
+            mapped = Mapped(region.address, region.num_bytes, region.writable, found[1])
         else:
-            mapped = self._map(region, key)
+            try:
+                mapped = open_region(self._device, self._mover.imports, self._pid, region, key)
+            except GpuError as error:
+                if self.is_alive:
+                    raise IncompatibleError(f"cuda: region {region.region_id}: {error}") from error
+                raise PeerUnavailableError(f"cuda: process {self._pid} has gone") from error
         with self._lock:
             if not self._closed:
                 self._regions[region.region_id] = mapped
                 return
-        self._unmap(mapped)
+        close_region(self._mover.imports, mapped)
         raise PeerUnavailableError("cuda: the link is closed")
-
-    def _map(self, region: RegionInfo, key: _Key) -> _Mapped:
-        if len(key.handle) != IPC_HANDLE_BYTES or len(key.event) != IPC_HANDLE_BYTES:
-            raise IncompatibleError(f"cuda: region {region.region_id} has no handle")
-        if key.offset < 0 or key.offset + region.num_bytes > key.allocation_bytes:
-            raise IncompatibleError(f"cuda: region {region.region_id} leaves its allocation")
-        fd = self._hold(region, key)
-        try:
-            base = self._mover.imports.open(key.handle)
-            try:
-                event = SharedEvent(self._device, key.event)
-            except BaseException:
-                self._mover.imports.close(key.handle)
-                raise
-        except GpuError as error:
-            os.close(fd)
-            if self.is_alive:
-                raise IncompatibleError(f"cuda: region {region.region_id}: {error}") from error
-            raise PeerUnavailableError(f"cuda: process {self._pid} has gone") from error
-        except BaseException:
-            os.close(fd)
-            raise
-        return _Mapped(base + key.offset, region.num_bytes, region.writable, event, key.handle, fd)
-
-    def _hold(self, region: RegionInfo, key: _Key) -> int:
-        """Tell the owner that we have it open, by a lock on its file; return our descriptor."""
-        path = f"/proc/{self._pid}/fd/{key.fd}"
-        gone = f"cuda: region {region.region_id} of process {self._pid} is served no more"
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise PeerUnavailableError(f"{gone}: {error.strerror}") from error
-        try:
-            if os.fstat(fd).st_ino != key.inode or not try_lock(fd, fcntl.LOCK_SH):
-                raise PeerUnavailableError(gone)
-            if os.stat(path).st_ino != key.inode:  # closed before we had the lock
-                raise PeerUnavailableError(gone)
-        except OSError as error:
-            os.close(fd)
-            raise PeerUnavailableError(gone) from error
-        except BaseException:
-            os.close(fd)
-            raise
-        return fd
-
-    def _unmap(self, mapped: _Mapped) -> None:
-        if mapped.handle:
-            mapped.event.close()
-            self._mover.imports.close(mapped.handle)
-            os.close(mapped.fd)
 
     # --- moving
 
@@ -342,41 +280,48 @@ class CudaIpcLink:
             move, self._next_move = self._next_move, self._next_move + 1
             self._moving[move] = None
         statuses = all_of(Status.REFUSED, len(batch))
-        inside = batch.is_inside(mapped.num_bytes) & self._are_ours(batch)
-        chosen = batch if inside.all() else batch.pick(inside)
         event: Event | None = None
         try:
-            event = self._enqueue(mapped, chosen, is_read)
+            owners = self._owners(batch)
+            inside = batch.is_inside(mapped.num_bytes) & (owners > 0)
+            chosen = batch if inside.all() else batch.pick(inside)
+            event = self._enqueue(mapped, chosen, owners[inside], is_read)
             statuses[inside] = self._await(event, chosen, deadline, cancel, is_read)
         except GpuError:
-            statuses[inside] = Status.LOST
+            statuses[:] = Status.LOST
         finally:
             with self._lock:
                 self._moving[move] = event
                 self._sweep()
         return statuses
 
-    def _enqueue(self, mapped: _Mapped, batch: Batch, is_read: bool) -> Event:
-        theirs = batch.remote_offsets + np.uint64(mapped.address)
-        ours = batch.local_addresses
+    def _enqueue(self, mapped: Mapped, batch: Batch, owners: U64s, is_read: bool) -> Event:
+        ours, theirs, sizes = joined(batch, owners)
+        theirs = theirs + np.uint64(mapped.address)
         to, source = (ours, theirs) if is_read else (theirs, ours)
         mapped.event.wait_on(self._stream)
         try:
-            self._device.copy(to, source, batch.lengths, self._stream)
+            self._device.copy(to, source, sizes, self._stream)
         finally:
             event = self._device.record(self._stream)
         return event
 
-    def _are_ours(self, batch: Batch) -> npt.NDArray[np.bool_]:
-        """Whether the driver knows our side of each piece: memory of the GPU, or registered. A copy
-        of any other memory would wait for the stream."""
-        return np.array(
-            [
-                self._device.knows(int(address), int(length))
-                for address, length in zip(batch.local_addresses, batch.lengths, strict=True)
-            ],
-            bool,
-        )
+    def _owners(self, batch: Batch) -> U64s:
+        """The allocation that has our side of each piece, by its address; 0: the driver knows none.
+        A copy to or from any other memory would wait for the stream.
+        """
+        owners = np.zeros(len(batch), np.uint64)
+        begins, ends = batch.local_addresses, batch.local_addresses + batch.lengths
+        todo = np.ones(len(batch), bool)
+        while todo.any():
+            first = int(np.argmax(todo))
+            size = int(batch.lengths[first])
+            base, size = self._device.allocation_of(int(begins[first]), size)
+            inside = (begins >= np.uint64(base)) & (ends <= np.uint64(base + size))
+            owners[todo & inside] = base
+            todo &= ~inside
+            todo[first] = False
+        return owners
 
     def _await(
         self,
@@ -386,7 +331,7 @@ class CudaIpcLink:
         cancel: CancelFlag | None,
         is_read: bool,
     ) -> Statuses:
-        pause = POLL_SECONDS
+        pauses = poll_pauses()
         while not event.done():
             if cancel is not None and cancel.is_set():
                 return all_of(Status.CANCELLED, len(batch))
@@ -394,27 +339,14 @@ class CudaIpcLink:
                 return all_of(Status.LOST, len(batch))
             if time.monotonic() >= deadline:
                 return all_of(Status.LATE, len(batch))
-            time.sleep(pause)
-            pause = min(2 * pause, 1e-3)
+            time.sleep(next(pauses))
         # What the peer had not finished writing, nobody will.
         if not self.is_alive:
             return all_of(Status.LOST, len(batch))
         statuses = all_of(Status.OK, len(batch))
         if is_read and batch.checksums is not None:
-            statuses[self._sums(batch) != batch.checksums] = Status.DAMAGED
+            statuses[sums_of(self._device, batch) != batch.checksums] = Status.DAMAGED
         return statuses
-
-    def _sums(self, batch: Batch) -> npt.NDArray[np.uint64]:
-        """By the CPU, so of GPU memory through a copy: for those who ask for it."""
-        sums = []
-        for address, size in zip(
-            batch.local_addresses.tolist(), batch.lengths.tolist(), strict=True
-        ):
-            if self._device.owns(address):
-                sums.append(_native.xxh3(self._device.read(address, size)))
-            else:
-                sums.append(_native.checksum(address, size))
-        return np.array(sums, np.uint64)
 
     # --- ending
 
@@ -443,7 +375,7 @@ class CudaIpcLink:
         if not self._let_go:
             self._let_go = True
             for mapped in self._regions.values():
-                self._unmap(mapped)
+                close_region(self._mover.imports, mapped)
             self._regions.clear()
             self._device.close_stream(self._stream)
             if self._pidfd >= 0:

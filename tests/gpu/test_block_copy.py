@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from kvstore import BlockSpec, PieceBuffers
 from kvstore.gpu import CudaDevice, Device
 from kvstore.gpu.blocks import run_table
-from kvstore.gpu.cuda_device import THREADS, WORDS, launch_shape
 from kvstore.gpu.device import word_bytes
+from kvstore.gpu.launches import THREADS, WORDS, launch_shape
 from tests.gpu.fake_cuda import FakeCuda
 from tests.gpu.support import Shadow, finish, u64
 from tests.layout_support import CASES, LAYOUTS, SHAPES, UINTS, Layout, spec_of
