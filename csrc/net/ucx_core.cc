@@ -26,7 +26,9 @@ Pairs TcpSettings(const UcxOptions &options) {
 
 Pairs Settings(const UcxOptions &options) {
     Pairs settings = {{"TLS", options.tls},
-                      {"KEEPALIVE_INTERVAL", Milliseconds(options.timeout / 2)}};
+                      // We ping, and a peer can tell that from its own doing: UCX's rounds are
+                      // events to whoever makes them.
+                      {"KEEPALIVE_INTERVAL", "inf"}};
     if (!options.net_devices.empty()) settings.emplace_back("NET_DEVICES", options.net_devices);
     for (const auto &[name, value] : TcpSettings(options)) {
         settings.emplace_back("TCP_" + name, value);

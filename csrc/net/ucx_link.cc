@@ -278,6 +278,7 @@ void UcxLink::AfterProgress() {
 
 void UcxLink::Take(UcxMessage &message) {
     const UcxHead &head = message.head;
+    if (head.kind == UcxKind::kPing) return;  // an event, which is all that it is for
     const bool is_key = head.kind == UcxKind::kOpened && head.answer == UcxAnswer::kOk;
     if (head.kind == UcxKind::kRevoke) {
         const auto found = remotes_.find(head.region);

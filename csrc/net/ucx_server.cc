@@ -199,11 +199,20 @@ void UcxServer::DropUnproved(std::int64_t now) {
     for (const std::uint64_t session : late) Drop(session);
 }
 
+void UcxServer::Ping() {
+    UcxHead head;
+    head.kind = UcxKind::kPing;
+    for (const auto &[session, peer] : peers_) {
+        if (peer.is_proved) worker_->Send(peer.ep, EncodeUcx(head));
+    }
+}
+
 // --- the thread
 
 void UcxServer::Run() {
     std::int64_t last_event_ns = SteadyNowNs();
     std::int64_t next_tend_ns = last_event_ns + kTendNs;
+    std::int64_t next_ping_ns = last_event_ns;
     while (!stopping_.load(std::memory_order_relaxed)) {
         unsigned events = 0;
         bool is_armed = false;
@@ -215,6 +224,10 @@ void UcxServer::Run() {
             DropFailed();
             now = SteadyNowNs();
             if (now >= next_tend_ns) DropUnproved(now);
+            if (now >= next_ping_ns) {
+                Ping();
+                next_ping_ns = now + core_->timeout_ns() / 4;
+            }
             if (events == 0 && now - last_event_ns > core_->spin_ns()) is_armed = worker_->Arm();
         }
         if (events > 0) last_event_ns = now;
@@ -222,7 +235,8 @@ void UcxServer::Run() {
             tend_();
             next_tend_ns = now + kTendNs;
         }
-        if (is_armed) worker_->WaitForEvents(static_cast<int>(kTendNs / 1'000'000));
+        const std::int64_t nap_ns = std::min(kTendNs, core_->timeout_ns() / 4);
+        if (is_armed) worker_->WaitForEvents(static_cast<int>(nap_ns / 1'000'000));
     }
 }
 

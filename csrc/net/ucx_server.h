@@ -5,6 +5,9 @@
 // process. So memory may go only when Remove returned true: every peer that was given the key has
 // handed it back, or its endpoint is closed.
 //
+// Peers are pinged: those that are gone are noticed, and those that wait for bytes see that we
+// live.
+//
 // Bounds: kPeersMax peers, of which those that have not proved themselves go after 10 s.
 //
 // Thread safety: mutex_ guards everything; all methods may be called from any thread.
@@ -74,6 +77,7 @@ private:
     void Drop(std::uint64_t session);
     void DropFailed();
     void DropUnproved(std::int64_t now);
+    void Ping();
 
     const std::shared_ptr<UcxCore> core_;
     const std::function<void()> tend_;

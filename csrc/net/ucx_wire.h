@@ -7,6 +7,7 @@
 //   WELCOME    server    status
 //   OPEN       client    session, region         OPENED   server   status, base, bytes, flags; key
 //   REVOKE     server    region                  REVOKED  client   session, region
+//   PING       server    every quarter of the timeout: it lives
 //
 // A peer gets a region's key only here. So the server knows who holds it, and asks for it back: who
 // answered REVOKED, or whose endpoint is closed, will not use it again.
@@ -30,6 +31,7 @@ enum class UcxKind : std::uint16_t {
     kOpened,
     kRevoke,
     kRevoked,
+    kPing,
 };
 
 enum class UcxAnswer : std::uint16_t { kOk = 0, kEpoch = 1, kSecret = 2, kNoRegion = 3 };

@@ -11,7 +11,7 @@ import ctypes
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from ctypes import byref, c_int, c_uint, c_uint64, c_ulonglong, c_void_p
+from ctypes import byref, c_int, c_size_t, c_uint, c_uint64, c_ulonglong, c_void_p
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -212,19 +212,25 @@ class CudaDevice:
         is_device = kind.value == cuda.MEMORY_TYPE_DEVICE
         return not any(codes) and is_device and ordinal.value == self.ordinal
 
-    def knows(self, address: int, num_bytes: int) -> bool:
-        """Return whether the driver knows this memory, a GPU's or registered: then a copy of it can
-        be enqueued."""
-        kind = c_uint()
-        ends = (address, address + num_bytes - 1) if num_bytes else (address,)
+    def allocation_of(self, address: int, num_bytes: int) -> tuple[int, int]:
+        """Return where the allocation or registration around a piece begins, and its bytes; 0
+        bytes: the driver knows none. What it knows can be copied without waiting."""
+        base, size, kind = c_uint64(), c_size_t(), c_uint()
+
+        def ask(value: Any, attribute: int, at: int) -> int:
+            return self.driver.try_call("cuPointerGetAttribute", byref(value), attribute, at)
+
         with self.current():
-            codes = [
-                self.driver.try_call(
-                    "cuPointerGetAttribute", byref(kind), cuda.POINTER_MEMORY_TYPE, end
-                )
-                for end in ends
-            ]
-        return not any(codes)
+            if not (
+                ask(base, cuda.POINTER_RANGE_START, address)
+                or ask(size, cuda.POINTER_RANGE_SIZE, address)
+            ):
+                return base.value, size.value
+            # Known, but not its bounds: the piece for itself.
+            ends = (address, address + max(num_bytes, 1) - 1)
+            if any(ask(kind, cuda.POINTER_MEMORY_TYPE, end) for end in ends):
+                return 0, 0
+        return address, num_bytes
 
     def write(self, address: int, data: npt.NDArray[np.uint8]) -> None:
         data = np.ascontiguousarray(data)

@@ -10,6 +10,7 @@ link.
 from __future__ import annotations
 
 import logging
+import ssl
 import threading
 import time
 from collections import OrderedDict
@@ -49,6 +50,7 @@ class Means:
     movers: tuple[str, ...] | None  # None: as is best
     allow_frames: bool  # payload may come over the control connection
     threads: int  # that check what came so
+    tls: ssl.SSLContext | None = None  # for holders at "tls:host:port"
 
 
 class Holder:
@@ -108,7 +110,14 @@ class Holder:
                     raise PeerUnavailableError(f"{self.address}: it did not answer lately")
             try:
                 made = PeerSession(
-                    Target(self.address, namespace, tenant, self.means.secret, is_peer=True)
+                    Target(
+                        self.address,
+                        namespace,
+                        tenant,
+                        self.means.secret,
+                        is_peer=True,
+                        tls=self.means.tls if self.address.startswith("tls:") else None,
+                    )
                 )
             except ConfigError:
                 self._succeeded()  # it answered

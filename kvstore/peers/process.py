@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import ssl
 import threading
 import time
 from concurrent.futures import Future
@@ -41,12 +42,19 @@ class Peers:
     """
 
     def __init__(
-        self, tiers: Tiers, secret: bytes, *, epoch: bytes, listen: str = "127.0.0.1"
+        self,
+        tiers: Tiers,
+        secret: bytes,
+        *,
+        epoch: bytes,
+        listen: str = "127.0.0.1",
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         """
         Args:
             epoch: of this daemon; of an embedded store, anything that no other has.
             listen: host on which peers reach the movers.
+            tls: for holders at "tls:host:port".
         """
         config = tiers.config
         is_auto = config.movers == "auto"
@@ -72,6 +80,7 @@ class Peers:
             None if is_auto or config.peer_require_rdma else movers,
             not config.peer_require_rdma,
             config.threads,
+            tls,
         )
         self.holders = Holders(means)
         self.fetcher = Fetcher(

@@ -30,7 +30,7 @@ from kvstore import _native
 from kvstore._native import CancelFlag
 from kvstore.errors import GpuError, IncompatibleError, PeerUnavailableError
 from kvstore.gpu.cuda_device import CudaDevice
-from kvstore.gpu.device import POLL_SECONDS, Event
+from kvstore.gpu.device import Event, poll_pauses
 from kvstore.gpu.driver import IPC_HANDLE_BYTES, Driver
 from kvstore.gpu.ipc import Imports, SharedEvent, export_memory
 from kvstore.transport.settings import TransportSettings
@@ -42,6 +42,7 @@ from kvstore.transport.types import (
     RegionInfo,
     Status,
     Statuses,
+    U64s,
     all_of,
 )
 
@@ -342,41 +343,48 @@ class CudaIpcLink:
             move, self._next_move = self._next_move, self._next_move + 1
             self._moving[move] = None
         statuses = all_of(Status.REFUSED, len(batch))
-        inside = batch.is_inside(mapped.num_bytes) & self._are_ours(batch)
-        chosen = batch if inside.all() else batch.pick(inside)
         event: Event | None = None
         try:
-            event = self._enqueue(mapped, chosen, is_read)
+            owners = self._owners(batch)
+            inside = batch.is_inside(mapped.num_bytes) & (owners > 0)
+            chosen = batch if inside.all() else batch.pick(inside)
+            event = self._enqueue(mapped, chosen, owners[inside], is_read)
             statuses[inside] = self._await(event, chosen, deadline, cancel, is_read)
         except GpuError:
-            statuses[inside] = Status.LOST
+            statuses[:] = Status.LOST
         finally:
             with self._lock:
                 self._moving[move] = event
                 self._sweep()
         return statuses
 
-    def _enqueue(self, mapped: _Mapped, batch: Batch, is_read: bool) -> Event:
-        theirs = batch.remote_offsets + np.uint64(mapped.address)
-        ours = batch.local_addresses
+    def _enqueue(self, mapped: _Mapped, batch: Batch, owners: U64s, is_read: bool) -> Event:
+        ours, theirs, sizes = _joined(batch, owners)
+        theirs = theirs + np.uint64(mapped.address)
         to, source = (ours, theirs) if is_read else (theirs, ours)
         mapped.event.wait_on(self._stream)
         try:
-            self._device.copy(to, source, batch.lengths, self._stream)
+            self._device.copy(to, source, sizes, self._stream)
         finally:
             event = self._device.record(self._stream)
         return event
 
-    def _are_ours(self, batch: Batch) -> npt.NDArray[np.bool_]:
-        """Whether the driver knows our side of each piece: memory of the GPU, or registered. A copy
-        of any other memory would wait for the stream."""
-        return np.array(
-            [
-                self._device.knows(int(address), int(length))
-                for address, length in zip(batch.local_addresses, batch.lengths, strict=True)
-            ],
-            bool,
-        )
+    def _owners(self, batch: Batch) -> U64s:
+        """The allocation that has our side of each piece, by its address; 0: the driver knows none.
+        A copy to or from any other memory would wait for the stream.
+        """
+        owners = np.zeros(len(batch), np.uint64)
+        begins, ends = batch.local_addresses, batch.local_addresses + batch.lengths
+        todo = np.ones(len(batch), bool)
+        while todo.any():
+            first = int(np.argmax(todo))
+            size = int(batch.lengths[first])
+            base, size = self._device.allocation_of(int(begins[first]), size)
+            inside = (begins >= np.uint64(base)) & (ends <= np.uint64(base + size))
+            owners[todo & inside] = base
+            todo &= ~inside
+            todo[first] = False
+        return owners
 
     def _await(
         self,
@@ -386,7 +394,7 @@ class CudaIpcLink:
         cancel: CancelFlag | None,
         is_read: bool,
     ) -> Statuses:
-        pause = POLL_SECONDS
+        pauses = poll_pauses()
         while not event.done():
             if cancel is not None and cancel.is_set():
                 return all_of(Status.CANCELLED, len(batch))
@@ -394,8 +402,7 @@ class CudaIpcLink:
                 return all_of(Status.LOST, len(batch))
             if time.monotonic() >= deadline:
                 return all_of(Status.LATE, len(batch))
-            time.sleep(pause)
-            pause = min(2 * pause, 1e-3)
+            time.sleep(next(pauses))
         # What the peer had not finished writing, nobody will.
         if not self.is_alive:
             return all_of(Status.LOST, len(batch))
@@ -463,3 +470,14 @@ class CudaIpcLink:
             time.sleep(1e-3)
         self._mover.forget(self)
         return True
+
+
+def _joined(batch: Batch, owners: U64s) -> tuple[U64s, U64s, U64s]:
+    """Local addresses, remote offsets and lengths, with neighbours made one: theirs are of one
+    allocation, and ours where `owners` are the same."""
+    ours, theirs, sizes = batch.local_addresses, batch.remote_offsets, batch.lengths
+    follows = (ours[:-1] + sizes[:-1] == ours[1:]) & (theirs[:-1] + sizes[:-1] == theirs[1:])
+    starts = np.flatnonzero(np.concatenate(([True], ~(follows & (owners[:-1] == owners[1:])))))
+    if len(ours) == 0:
+        return ours, theirs, sizes
+    return ours[starts], theirs[starts], np.add.reduceat(sizes, starts)

@@ -18,7 +18,7 @@ from kvstore.gpu.device import wait_for
 from kvstore.gpu.registration import HostRegistration, Registrations
 from kvstore.transport import SharedMemory
 from tests.gpu.fake_cuda import ALLOCATIONS, EVENTS, PINNED, REGISTERED, STREAMS, FakeCuda
-from tests.gpu.support import finish, u64
+from tests.gpu.support import View, finish, u64
 
 PAGE = 4096
 
@@ -27,16 +27,6 @@ def host_pages(num_pages: int, seed: int = 0) -> np.ndarray:
     raw = np.random.default_rng(seed).integers(0, 256, (num_pages + 1) * PAGE, dtype=np.uint8)
     begin = -raw.ctypes.data % PAGE
     return raw[begin : begin + num_pages * PAGE]
-
-
-class View:
-    def __init__(self, address: int, shape: tuple[int, ...], typestr: str = "|u1") -> None:
-        self.__cuda_array_interface__ = {
-            "shape": shape,
-            "typestr": typestr,
-            "data": (address, False),
-            "version": 3,
-        }
 
 
 def test_copies_go_to_and_from_registered_memory(device: Device) -> None:

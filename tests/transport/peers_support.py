@@ -56,7 +56,7 @@ def serving(
 
 def address_of(service: Service) -> str:
     """Where other daemons find it."""
-    return next(address for address in service.addresses if address.startswith("tcp:"))
+    return next(one for one in service.addresses if one.startswith(("tcp:", "tls:")))
 
 
 @contextlib.contextmanager

@@ -164,11 +164,13 @@ def _run(
     return HandoffRun(DemoRun(name, cluster.settings.mode, result), sent)
 
 
-def _kill_once(source: WorkerProcess, relay: Relay) -> None:
-    """Kill the first worker that says that a layer is there: the next are not yet."""
+def _kill_once(source: WorkerProcess, relay: Relay) -> bool:
+    """Kill the first worker that says that a layer is there. What it said after that, and may be
+    on its way already, is lost: so it always dies in mid-transfer."""
     if isinstance(relay.message, Ready) and source.index == 0:
         source.process.kill()
         source.process.wait()
+    return source.process.returncode is None
 
 
 def handoff_report(settings: HandoffDemoSettings, runs: list[HandoffRun]) -> dict[str, Any]:

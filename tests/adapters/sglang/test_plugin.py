@@ -1,5 +1,5 @@
-"""Where kvstore is installed, SGLang knows its transfer backend, and stays as it is for whoever asks
-for another. In a process of its own, as hooks stay."""
+"""Where kvstore is installed, SGLang knows its transfer backend, and stays as it is for whoever
+asks for another. In a process of its own, as hooks stay."""
 
 from __future__ import annotations
 

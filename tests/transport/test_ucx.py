@@ -1,0 +1,596 @@
+"""What UCX adds to the contract of movers: a library found at run time or a clear reason why not,
+keys that are handed back, memory that is settled or said not to be, and a process left as it was.
+
+Two contexts of one process stand for two endpoints; what must not harm a process runs in one of its
+own. Peers are killed and frozen. `test_ucx_libraries.py` runs this over every libucp there is.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from kvstore import ConfigError, IncompatibleError, _native
+from kvstore.errors import KVStoreError, PeerUnavailableError
+from kvstore.transport import (
+    Batch,
+    Endpoint,
+    RegionInfo,
+    Status,
+    TransportSettings,
+    ucx_devices,
+    ucx_library,
+)
+from kvstore.transport.ucx import UcxMover
+from tests.transport.peer import Peer, pattern
+
+SECRET = bytes(range(32))
+SIZE = 1 << 20
+TIMEOUT = 1.0
+SLACK = 4.0  # for a loaded machine
+ROOT = Path(__file__).parents[2]
+ONLY_UCX = TransportSettings(movers=("ucx",), timeout=TIMEOUT)
+
+
+def library() -> ucx_library.UcxLibrary:
+    try:
+        return ucx_library.find()
+    except KVStoreError as error:
+        pytest.skip(str(error))
+
+
+def make(epoch: int = 7, secret: bytes = SECRET, timeout: float = TIMEOUT) -> _native.UcxContext:
+    found = library()
+    return _native.UcxContext(
+        found.path, "tcp", "lo", timeout, secret, epoch, modules=found.allowed_modules
+    )
+
+
+@pytest.fixture
+def ours() -> Iterator[_native.UcxContext]:
+    made = make()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def theirs() -> Iterator[_native.UcxContext]:
+    made = make(epoch=8)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def peer() -> Iterator[Peer]:
+    library()
+    made = Peer(ONLY_UCX)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def endpoint() -> Iterator[Endpoint]:
+    library()
+    with Endpoint(ONLY_UCX) as made:
+        yield made
+
+
+def u64(*values: int) -> npt.NDArray[np.uint64]:
+    return np.array(values, np.uint64)
+
+
+def read(
+    link: _native.UcxLink, region: int, here: npt.NDArray[np.uint8], offset: int = 0
+) -> Status:
+    """One piece that fills `here`."""
+    (status,) = link.read(
+        region, u64(offset), u64(here.ctypes.data), u64(here.nbytes), None, TIMEOUT
+    )
+    return Status(status)
+
+
+def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *arguments],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+
+
+# --- keys
+
+
+def test_a_key_comes_back_before_the_region_is_gone(
+    ours: _native.UcxContext, theirs: _native.UcxContext
+) -> None:
+    there, here = pattern(1, SIZE), np.zeros(SIZE, np.uint8)
+    assert theirs.register(3, there.ctypes.data, SIZE, False)
+    assert not theirs.register(3, there.ctypes.data, SIZE, False), "that id is taken"
+    assert theirs.deregister(4, 0.0), "never registered"
+    link = ours.connect(theirs.address(), 8, SECRET, TIMEOUT)
+    assert read(link, 3, here) == Status.OK
+    assert (here == there).all()
+    assert theirs.deregister(3, TIMEOUT + SLACK), "an idle link hands keys back too"
+    assert read(link, 3, here) == Status.REFUSED
+    assert theirs.register(3, there.ctypes.data, SIZE, False), "it may come again"
+    assert read(link, 3, here) == Status.OK
+    assert link.is_alive()
+
+
+def test_a_stale_key_reaches_no_memory_and_kills_nobody() -> None:
+    """UCX over TCP reads whatever it is asked for: a server of which memory was unmapped would die,
+    were it asked."""
+    found = library()
+    code = """
+        import mmap, sys
+        import numpy as np
+        from kvstore import _native
+        path, modules = sys.argv[1:]
+        def make(epoch):
+            return _native.UcxContext(path, "tcp", "lo", 2.0, b"s" * 32, epoch, modules=modules)
+        server, client = make(1), make(2)
+        memory = mmap.mmap(-1, 1 << 20)
+        address = np.frombuffer(memory, np.uint8).ctypes.data
+        server.register(1, address, 1 << 20, False)
+        link = client.connect(server.address(), 1, b"s" * 32, 5.0)
+        here = np.ones(1 << 20, np.uint8)
+        def read():
+            where = np.array([here.ctypes.data], np.uint64)
+            zero, size = np.zeros(1, np.uint64), np.full(1, 1 << 20, np.uint64)
+            return int(link.read(1, zero, where, size, None, 5.0)[0])
+        assert read() == 0 and not here.any()
+        assert server.deregister(1, 5.0)
+        memory.close()
+        assert read() == 2
+        print("alive", link.is_alive(), server.num_peers())
+    """
+    done = run_python(code, found.path, found.allowed_modules)
+    assert (done.returncode, done.stdout) == (0, "alive True 1\n"), done.stderr
+
+
+HOLDER = """
+    import sys
+    import numpy as np
+    from kvstore import _native
+    path, modules, address = sys.argv[1:]
+    client = _native.UcxContext(path, "tcp", "lo", 2.0, bytes(range(32)), 9, modules=modules)
+    link = client.connect(bytes.fromhex(address), 7, bytes(range(32)), 10.0)
+    here = np.zeros(64, np.uint8)
+    zero, size = np.zeros(1, np.uint64), np.full(1, 64, np.uint64)
+    print(link.read(1, zero, np.array([here.ctypes.data], np.uint64), size, None, 10.0), flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_memory_is_kept_while_a_frozen_peer_has_its_key(ours: _native.UcxContext) -> None:
+    there = pattern(2, SIZE)
+    ours.register(1, there.ctypes.data, SIZE, True)
+    found = library()
+    arguments = [found.path, found.allowed_modules, ours.address().hex()]
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(HOLDER), *arguments],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"[0]\n"
+        os.kill(holder.pid, 19)  # SIGSTOP
+        began = time.monotonic()
+        assert not ours.deregister(1, 0.2)
+        assert time.monotonic() - began < 0.2 + SLACK
+        holder.kill()
+        assert ours.deregister(1, TIMEOUT + SLACK), "who is dead uses no key"
+
+
+# --- who may
+
+
+def test_another_epoch_or_secret_is_refused(
+    ours: _native.UcxContext, theirs: _native.UcxContext
+) -> None:
+    address = theirs.address()
+    with pytest.raises(PermissionError, match="the peer's epoch is 8, not 12"):
+        ours.connect(address, 12, SECRET, TIMEOUT)
+    with pytest.raises(PermissionError, match="secret"):
+        ours.connect(address, 8, b"another secret " * 3, TIMEOUT)
+    with pytest.raises(ValueError, match="address"):
+        ours.connect(b"", 8, SECRET, TIMEOUT)
+    assert ours.connect(address, 0, SECRET, TIMEOUT).is_alive(), "0: any epoch"
+
+
+def test_a_peer_of_the_mover_is_described_by_what_it_says(endpoint: Endpoint, peer: Peer) -> None:
+    peer.register(SIZE)
+    info = peer.info()
+    link = endpoint.connect(info, movers=("ucx",))
+    assert link.detail.startswith("UCX 1.")
+    assert link.close()
+    lying = type(info)(**{**{n: getattr(info, n) for n in info.__struct_fields__}, "epoch": 5})
+    with pytest.raises(IncompatibleError, match="epoch"):
+        endpoint.connect(lying, movers=("ucx",))
+
+
+# --- ends
+
+
+def test_a_killed_peer_is_noticed_by_an_idle_link(endpoint: Endpoint, peer: Peer) -> None:
+    peer.register(SIZE)
+    link = endpoint.connect(peer.info(), movers=("ucx",))
+    peer.kill()
+    give_up = time.monotonic() + SLACK
+    while link.is_alive and time.monotonic() < give_up:
+        pass
+    assert not link.is_alive
+    assert link.close()
+    with pytest.raises(PeerUnavailableError):
+        link._link.open(peer_region())
+
+
+def peer_region() -> RegionInfo:
+
+    return RegionInfo(1, 4096, 4096, False, {"ucx": b""})
+
+
+def test_a_move_that_a_frozen_peer_holds_up_leaves_memory_unsettled_until_the_link_is_closed(
+    endpoint: Endpoint, peer: Peer
+) -> None:
+    size = 16 << 20
+    region = peer.register(size, seed=3)
+    here = np.zeros(size, np.uint8)
+    link = endpoint.connect(peer.info(), movers=("ucx",))
+    batch = Batch([here.ctypes.data], [0], size)
+    assert link.read(region.region_id, batch).tolist() == [Status.OK]
+    peer.stop()
+    began = time.monotonic()
+    (status,) = link.read(region.region_id, batch, timeout=0.3)
+    assert time.monotonic() - began < 0.3 + SLACK
+    assert status in (Status.LATE, Status.LOST)
+    assert not link.is_alive, "what was asked for may still come"
+    assert link.read(region.region_id, batch).tolist() == [Status.LOST]
+    assert link.close(), "now it cannot"
+    here[:] = 77
+    peer.go_on()
+    other = endpoint.connect(peer.info(), movers=("ucx",))
+    there = np.zeros(size, np.uint8)
+    batch = Batch([there.ctypes.data], [0], size)
+    assert other.read(region.region_id, batch).tolist() == [Status.OK]
+    assert (here == 77).all()
+    assert other.close()
+
+
+def test_silence_ends_a_move_before_its_own_deadline(endpoint: Endpoint, peer: Peer) -> None:
+    region = peer.register(SIZE)
+    here = np.zeros(SIZE, np.uint8)
+    link = endpoint.connect(peer.info(), movers=("ucx",))
+    peer.stop()
+    began = time.monotonic()
+    batch = Batch([here.ctypes.data], [0], SIZE)
+    assert link.read(region.region_id, batch, timeout=60.0).tolist() == [Status.LOST]
+    assert time.monotonic() - began < TIMEOUT + SLACK
+    assert link.close()
+
+
+def test_a_move_that_is_cancelled_in_time_keeps_its_link(endpoint: Endpoint, peer: Peer) -> None:
+    size = 32 << 20
+    region = peer.register(size, seed=4)
+    here, there = np.zeros(size, np.uint8), pattern(4, size)
+    offsets = np.arange(0, size, 1 << 16, dtype=np.uint64)
+    batch = Batch(offsets + np.uint64(here.ctypes.data), offsets, 1 << 16)
+    link = endpoint.connect(peer.info(), movers=("ucx",))
+    cancel = _native.CancelFlag()
+    cancel.set()
+    statuses = link.read(region.region_id, batch, cancel=cancel)
+    assert set(statuses.tolist()) <= {Status.OK, Status.CANCELLED}
+    assert Status.CANCELLED in statuses
+    assert link.is_alive, "nothing is under way any more"
+    assert link.read(region.region_id, batch, timeout=20.0).max() == Status.OK
+    assert (here == there).all()
+    assert link.close()
+
+
+def test_a_move_that_a_frozen_peer_holds_up_can_be_cancelled(
+    endpoint: Endpoint, peer: Peer
+) -> None:
+    region = peer.register(SIZE)
+    here = np.zeros(SIZE, np.uint8)
+    link = endpoint.connect(peer.info(), movers=("ucx",))
+    batch = Batch([here.ctypes.data], [0], SIZE)
+    assert link.read(region.region_id, batch).tolist() == [Status.OK]
+    peer.stop()
+    cancel = _native.CancelFlag()
+    timer = threading.Timer(0.05, cancel.set)
+    timer.start()
+    began = time.monotonic()
+    statuses = link.read(region.region_id, batch, timeout=30.0, cancel=cancel)
+    timer.join()
+    assert statuses.tolist() == [Status.CANCELLED]
+    assert time.monotonic() - began < SLACK
+    assert link.close()
+
+
+def test_threads_share_a_link(ours: _native.UcxContext, theirs: _native.UcxContext) -> None:
+    size = 4 << 20
+    there = pattern(5, size)
+    theirs.register(1, there.ctypes.data, size, True)
+    link = ours.connect(theirs.address(), 8, SECRET, TIMEOUT)
+    wrong = []
+
+    def move(number: int) -> None:
+        here = np.zeros(size // 4, np.uint8)
+        mine = there[number * here.nbytes :][: here.nbytes]
+        sums = u64(*(_native.xxh3(mine[at : at + 65536]) for at in range(0, here.nbytes, 65536)))
+        offsets = np.arange(0, here.nbytes, 65536, dtype=np.uint64)
+        lengths = np.full(len(offsets), 65536, np.uint64)
+        for turn in range(6):
+            here[:] = 0
+            remote = offsets + np.uint64(number * here.nbytes)
+            local = offsets + np.uint64(here.ctypes.data)
+            way = link.write if turn == 5 else link.read
+            if turn == 5:
+                here[:] = mine
+            statuses = way(1, remote, local, lengths, sums, 20.0)
+            if statuses.any() or (here != mine).any():
+                wrong.append((number, turn, statuses))
+
+    threads = [threading.Thread(target=move, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert (there == pattern(5, size)).all()
+    assert link.close(TIMEOUT)
+
+
+def test_closing_a_context_ends_moves_under_way(ours: _native.UcxContext) -> None:
+    """The peer is a context whose thread is busy elsewhere: a frozen process."""
+    frozen = Peer(ONLY_UCX)
+    try:
+        region = frozen.register(SIZE)
+        endpoint = Endpoint(ONLY_UCX)
+        link = endpoint.connect(frozen.info(), movers=("ucx",))
+        frozen.stop()
+        here = np.zeros(SIZE, np.uint8)
+        batch = Batch([here.ctypes.data], [0], SIZE)
+        move = link.submit_read(region.region_id, batch, timeout=30.0)
+        began = time.monotonic()
+        endpoint.close()
+        assert move.wait(SLACK)[0] in (Status.LOST, Status.CANCELLED)
+        assert time.monotonic() - began < SLACK
+        link.close()
+    finally:
+        frozen.close()
+
+
+# --- the process
+
+
+def test_a_forked_child_is_told_and_does_no_harm(
+    ours: _native.UcxContext, theirs: _native.UcxContext
+) -> None:
+    there, here = pattern(6, SIZE), np.zeros(SIZE, np.uint8)
+    theirs.register(1, there.ctypes.data, SIZE, False)
+    link = ours.connect(theirs.address(), 8, SECRET, TIMEOUT)
+    pid = os.fork()
+    if pid == 0:
+        failures = 0
+        for call in (ours.address, link.is_alive, ours.close, lambda: read(link, 1, here)):
+            try:
+                call()
+            except RuntimeError as error:
+                failures += "forked child" in str(error)
+        os._exit(0 if failures == 4 else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert read(link, 1, here) == Status.OK
+    assert (here == there).all()
+
+
+def test_a_process_is_left_as_it_was() -> None:
+    """UCX takes over fatal signals and prints what goes wrong to standard output."""
+    found = library()
+    code = """
+        import sys
+        import numpy as np
+        from kvstore import _native
+        def caught():
+            return [line for line in open("/proc/self/status") if line.startswith(("SigC", "SigI"))]
+        before = caught()
+        path, modules = sys.argv[1:]
+        def make(epoch):
+            return _native.UcxContext(path, "tcp", "lo", 1.0, b"s" * 32, epoch, modules=modules)
+        server, client = make(1), make(2)
+        address = server.address()
+        link = client.connect(address, 1, b"s" * 32, 5.0)
+        server.close()
+        while link.is_alive():
+            pass
+        try:
+            client.connect(address, 1, b"s" * 32, 5.0)
+        except ConnectionError:
+            pass
+        assert caught() == before
+        if sys.stdin.readline() == "close":
+            client.close()
+    """
+    for how in ("close", "leave it open"):
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(code), found.path, found.allowed_modules],
+            cwd=ROOT,
+            input=how,
+            text=True,
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+# --- libraries
+
+
+OPEN = """
+    import sys
+    from kvstore import _native
+    for path in sys.argv[1:]:
+        try:
+            _native.UcxContext(path, "tcp", "lo", 1.0, b"s" * 32, 1)
+        except RuntimeError as error:
+            print(error)
+"""
+
+
+def test_a_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"/no/libucp.so.0: no such file"):
+        UcxMover(TransportSettings(ucx_library="/no/libucp.so.0"), SECRET, 1)
+    monkeypatch.setenv("KVSTORE_UCX_LIB", "/nowhere/libucp.so")
+    with pytest.raises(ConfigError, match=r"/nowhere/libucp.so: no such file"):
+        UcxMover(TransportSettings(), SECRET, 1)
+    assert [c.origin for c in ucx_library.candidates()] == ["environment"], "and no other is taken"
+    assert ucx_library.probe(ucx_library.candidates()[0]).problem == "no such file"
+
+
+def test_no_library_at_all_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KVSTORE_UCX_LIB", raising=False)
+    monkeypatch.setattr(ucx_library, "candidates", lambda given: [])
+    with pytest.raises(IncompatibleError, match="libucx-cu12"):
+        UcxMover(TransportSettings(), SECRET, 1)
+
+
+def test_a_library_that_is_none_or_too_old_is_named(tmp_path: Path) -> None:
+    text = tmp_path / "text.so"
+    text.write_text("not a library")
+    paths = [text]
+    compiler = next((c for c in ("/usr/bin/cc", "/usr/bin/gcc") if Path(c).exists()), None)
+    if compiler is not None:
+        for name, source in (
+            ("foreign", "int nothing;"),
+            (
+                "old",
+                "void ucp_get_version(unsigned *a, unsigned *b, unsigned *c)"
+                "{ *a = 1; *b = 12; *c = 3; }",
+            ),
+        ):
+            path = tmp_path / f"{name}.so"
+            command = [compiler, "-shared", "-fPIC", "-xc", "-", "-o", str(path)]
+            subprocess.run(command, input=source, text=True, check=True)
+            paths.append(path)
+    done = run_python(OPEN, *map(str, paths))
+    said = done.stdout.splitlines()
+    assert said[0].startswith(f"{text}: ")
+    assert "file too short" in said[0] or "invalid ELF" in said[0]
+    if compiler is not None:
+        assert said[1] == f"{paths[1]}: not a libucp of 1.13 or later: no ucp_get_version"
+        assert said[2] == f"{paths[2]}: version 1.12.3; needed is 1.13 or a later 1.x"
+
+
+def test_a_process_has_one_library(tmp_path: Path) -> None:
+    real = library().path
+    other = tmp_path / "libucp.so.0"
+    other.write_bytes(b"")
+    done = run_python(OPEN, real, str(other))
+    assert done.stdout == f"{other}: this process already uses {real}\n", done.stderr
+
+
+def test_wrong_settings_are_named() -> None:
+    path = library().path
+    code = """
+        import sys
+        from kvstore import _native
+        for arguments in (("nonsense", "lo"), ("tcp", "no_such_device")):
+            try:
+                _native.UcxContext(sys.argv[1], *arguments, 1.0, b"s" * 32, 1)
+            except RuntimeError as error:
+                print(error)
+    """
+    done = run_python(code, path)
+    for line, wrong in zip(done.stdout.splitlines(), ("nonsense", "no_such_device"), strict=True):
+        assert line.startswith(f"{path}: "), done.stderr
+        assert wrong in line
+
+
+def test_a_found_library_is_probed_in_another_process() -> None:
+    report = ucx_library.probe(library())
+    assert report.problem == ""
+    assert report.version.startswith("1.")
+    assert ("tcp", "lo") in report.transports
+
+
+def test_libraries_are_found_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def touch(path: Path) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        return path
+
+    system, plain = tmp_path / "system", tmp_path / "plain"
+    site = tmp_path / "site"
+    touch(system / "libucp.so.0")
+    touch(system / "ucx" / "libuct_ib.so.0")
+    touch(plain / "libucp.so.0")
+    nixl = touch(site / "nixl_cu12.libs" / "libucp-1234.so.0.0.0")
+    touch(nixl.parent / "ucx" / "libuct_ib_efa.so.0.0.0")
+    touch(site / "libucx" / "__init__.py")
+    wheel = touch(site / "libucx" / "lib" / "libucp.so.0")
+    monkeypatch.setattr(ucx_library, "_SYSTEM_DIRECTORIES", (str(plain), str(system)))
+    monkeypatch.setattr("sysconfig.get_config_var", lambda name: None)
+    monkeypatch.setattr(sys, "path", [str(site)])
+    monkeypatch.delitem(sys.modules, "libucx", raising=False)
+    monkeypatch.delenv("KVSTORE_UCX_LIB", raising=False)
+    found = ucx_library.candidates()
+    wanted = [system / "libucp.so.0", nixl, wheel, plain / "libucp.so.0"]
+    assert [library.path for library in found] == [str(path) for path in wanted]
+    assert [library.has_verbs for library in found] == [True, False, False, False]
+    assert [library.allowed_modules for library in found] == ["", "^efa", "", ""]
+
+
+# --- devices
+
+
+def rdma(root: Path, device: str, state: str, interface: str) -> None:
+    port = root / device / "ports" / "1"
+    (port / "gid_attrs" / "ndevs").mkdir(parents=True)
+    (port / "state").write_text(f"{state}\n")
+    (port / "gid_attrs" / "ndevs" / "0").write_text(f"{interface}\n")
+
+
+def test_rdma_is_used_where_the_library_and_a_port_that_is_up_have_it(tmp_path: Path) -> None:
+    rdma(tmp_path, "mlx5_0", "4: ACTIVE", "lo")
+    rdma(tmp_path, "mlx5_1", "1: DOWN", "lo")
+    ports = ucx_devices.rdma_ports(tmp_path)
+    assert [port.name for port in ports] == ["mlx5_0:1"]
+
+    def choose(listen: str, tls: str = "", devices: str = "", verbs: bool = True) -> object:
+        return ucx_devices.choose(listen, tls, devices, verbs, ports)
+
+    devices = ucx_devices.UcxDevices
+    assert choose("0.0.0.0") == devices("ib", "mlx5_0:1", True)
+    assert choose("0.0.0.0", verbs=False) == devices("tcp", "", False)
+    assert choose("127.0.0.1:7000") == devices("tcp", "lo", False), "loopback is no network"
+    assert choose("0.0.0.0", "tcp") == devices("tcp", "", False)
+    assert choose("0.0.0.0", "", "mlx5_0:1") == devices("ib", "mlx5_0:1", True)
+    assert choose("0.0.0.0", "", "eth0") == devices("tcp", "eth0", False)
+    assert choose("0.0.0.0", "rc,ud") == devices("rc,ud", "", True)
+    with pytest.raises(ConfigError, match="listen"):
+        choose("203.0.113.77")
+
+
+def test_without_rdma_ucx_is_used_only_when_asked_for() -> None:
+    library()
+    if ucx_devices.rdma_ports():
+        pytest.skip("this machine has RDMA")
+    with Endpoint(TransportSettings()) as endpoint:
+        assert "ucx" not in endpoint.movers
+        assert "no RDMA" in endpoint.unavailable["ucx"]
