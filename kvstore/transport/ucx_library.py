@@ -59,9 +59,9 @@ class UcxLibrary:
         NIXL's wheel has a module for EFA without the library that it needs. It takes the system's,
         which brings second copies of libibverbs and libnl, and the process crashes when it exits.
         """
-        if self.origin == "nixl" and not any(Path(self.path).parent.glob("libefa*")):
-            return "^efa"
-        return ""
+        directory = Path(self.path).parent
+        is_wheel = directory.name.startswith("nixl_cu")
+        return "^efa" if is_wheel and not any(directory.glob("libefa*")) else ""
 
 
 @dataclass(frozen=True, slots=True)
