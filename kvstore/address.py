@@ -58,13 +58,13 @@ def checked_holders(holders: Sequence[str]) -> list[str]:
     for address in found:
         kind = str(address).partition(":")[0]
         try:
-            if kind == "tcp":
+            if kind in ("tcp", "tls"):
                 tcp_address(address)
             else:
                 unix_path(address)
         except (ConfigError, AttributeError) as error:
             raise ConfigError(
-                f"holders: {address!r} is not tcp:host:port or unix:/path.sock"
+                f"holders: {address!r} is not tcp:host:port, tls:host:port or unix:/path.sock"
             ) from error
     return found
 

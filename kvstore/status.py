@@ -75,6 +75,24 @@ class Scrubbed(TypedDict):
     whole: bool  # everything in DRAM was checked in the time given
 
 
+class HolderStatus(TypedDict):
+    """Another daemon, from which blocks were fetched."""
+
+    address: str
+    is_away: bool  # it failed lately
+    sessions: int
+    mover: str  # "": none was needed yet; "frames": none serves both ends
+    reason: str  # for the mover
+    bytes_per_second: float  # as measured lately
+
+
+class PeersStatus(TypedDict):
+    movers: list[str]  # that peers may use
+    unavailable: dict[str, str]  # movers that do not work here, and why
+    address: str  # where the tcp mover listens
+    holders: list[HolderStatus]
+
+
 class Status(TypedDict):
     version: str
     epoch: str
@@ -95,4 +113,5 @@ class Status(TypedDict):
     leases: int
     reservations: int
     quarantined_slots: int
+    peers: PeersStatus | None  # None: there is no peer_token
     recent_errors: list[LoggedError]

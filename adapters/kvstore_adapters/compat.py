@@ -11,7 +11,7 @@ from kvstore import IncompatibleError
 logger = logging.getLogger(__name__)
 
 # First and last release, both tested. Engines change what connectors use in any release.
-TESTED = {"sglang": ("0.5.23", "0.5.23"), "vllm": ("0.32.0", "0.32.0")}
+TESTED = {"nixl": ("1.5.1", "1.5.1"), "sglang": ("0.5.23", "0.5.23"), "vllm": ("0.32.0", "0.32.0")}
 
 # What the vLLM adapter is built on, and older releases lack.
 _VLLM_NEEDS = {

@@ -36,6 +36,8 @@ class AdapterSettings:
     max_pinned_fraction: share of the engine's blocks that saves under way may hold.
     threads: loads at a time.
     push_targets: names that requests may use, and the daemon's address behind each.
+    holder: where other daemons find ours, told to decode instances with what was stored.
+    holders: the same of other instances' daemons, from which ours may fetch: requests name one.
     model: overrides the model's identity. Who sets it answers for equal weights.
     start_daemon: DRAM of a daemon that is started when nobody listens at `address`, such as "8GiB".
     """
@@ -55,6 +57,8 @@ class AdapterSettings:
     max_pinned_fraction: float = 0.25
     threads: int = 2
     push_targets: Mapping[str, str] = field(default_factory=dict)
+    holder: str = ""
+    holders: tuple[str, ...] = ()
     model: str = ""
     start_daemon: str = ""
 
@@ -87,6 +91,7 @@ class AdapterSettings:
             object.__setattr__(self, "address", kvstore.default_address())
         _check_address("address", self.address)
         self._check_targets()
+        self._check_holders()
         self._check_start()
 
     def tls_for(self, address: str) -> kvstore.TlsFiles | None:
@@ -105,6 +110,15 @@ class AdapterSettings:
                 )
             _check_address(f"push_targets.{name}", address)
         object.__setattr__(self, "push_targets", dict(targets))  # a later change is not ours
+
+    def _check_holders(self) -> None:
+        _require("holder", self.holder, _is_text, "text")
+        if self.holder:
+            _check_address("holder", self.holder)
+        _require("holders", self.holders, _is_list, "a list of addresses")
+        for address in self.holders:
+            _check_address("holders", address)
+        object.__setattr__(self, "holders", tuple(self.holders))
 
     def _check_start(self) -> None:
         if not self.start_daemon:
@@ -145,6 +159,10 @@ def _is_switch(value: object) -> bool:
 
 def _is_mapping(value: object) -> bool:
     return isinstance(value, Mapping)
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, (list, tuple))
 
 
 def _is_count(most: int) -> Callable[[object], bool]:

@@ -14,12 +14,16 @@ import numpy.typing as npt
 
 Bytes = npt.NDArray[np.uint8]
 
+_GET = "pip install mooncake-transfer-engine-non-cuda; apt-get install libibverbs1"
 PACKAGES = ("mooncake-transfer-engine-non-cuda", "mooncake-transfer-engine")
 
 
 class Peer:
     def __init__(self, options: dict[str, Any]) -> None:
-        from mooncake.engine import TransferEngine
+        try:
+            from mooncake.engine import TransferEngine
+        except ImportError as error:
+            raise ImportError(f"{error}: {_GET}") from error
 
         self.version = next(filter(None, map(_version, PACKAGES)), "")
         self.engine = TransferEngine()

@@ -93,6 +93,9 @@ BulkConnection::BulkConnection(const std::string &address, const std::string &se
     }
 }
 
+BulkConnection::BulkConnection(int fd, std::int64_t silence_ns)
+    : address_("a socket"), interrupted_(nullptr), silence_ns_(silence_ns), fd_(fd) {}
+
 BulkConnection::~BulkConnection() { close(fd_); }
 
 void BulkConnection::Fail(Kind kind, const std::string &what, int status) const {
@@ -218,7 +221,7 @@ BulkConnection::End BulkConnection::Drive(BulkMove &move) {
         if (now >= move.deadline_ns) return End::kLate;
         if (silent_) return End::kLost;
         if (moved) continue;
-        if (now < moved_ns + kBulkSpinNs) {
+        if (outgoing_.empty() && now < moved_ns + kBulkSpinNs) {
             CpuPause();
             continue;
         }

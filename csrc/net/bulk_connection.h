@@ -73,6 +73,8 @@ public:
     // is gone.
     BulkConnection(const std::string &address, const std::string &secret, std::uint64_t epoch,
                    std::int64_t silence_ns, std::int64_t deadline_ns, InterruptedHook interrupted);
+    // For tests: over a socket, which it owns, whose peer has greeted already.
+    BulkConnection(int fd, std::int64_t silence_ns);
     ~BulkConnection();
     BulkConnection(const BulkConnection &) = delete;
     BulkConnection &operator=(const BulkConnection &) = delete;

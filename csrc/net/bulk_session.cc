@@ -27,7 +27,7 @@ void Count(std::atomic<std::uint64_t> &counter, std::uint64_t n = 1) {
 }  // namespace
 
 void BulkSession::Run() {
-    if (Greet()) Serve();
+    if (greeted_ || Greet()) Serve();
     if (cut_.load()) Count(services_.counters.cut_connections);
     CloseFd();
 }
@@ -66,7 +66,8 @@ bool BulkSession::Wait(short events, std::int64_t deadline_ns) {
 // What `attempt` returned once it did not ask to try again: a count, 0 at the end of the stream,
 // or -1, which also stands for a deadline that passed.
 template <typename Attempt>
-ssize_t BulkSession::Until(short events, std::int64_t deadline_ns, Attempt attempt) {
+ssize_t BulkSession::Until(short events, std::int64_t deadline_ns, std::int64_t spin_ns,
+                           Attempt attempt) {
     std::int64_t spin_until = 0;
     while (!cut_.load(std::memory_order_relaxed)) {
         const ssize_t moved = attempt();
@@ -74,7 +75,7 @@ ssize_t BulkSession::Until(short events, std::int64_t deadline_ns, Attempt attem
         if (errno == EINTR) continue;
         if (errno != EAGAIN && errno != EWOULDBLOCK) return -1;
         const std::int64_t now = SteadyNowNs();
-        if (spin_until == 0) spin_until = now + kBulkSpinNs;
+        if (spin_until == 0) spin_until = now + spin_ns;
         if (now < spin_until) {
             CpuPause();
             continue;
@@ -102,7 +103,7 @@ bool BulkSession::ReceiveExactly(std::size_t bytes, std::int64_t deadline_ns, bo
     while (received_ < bytes) {
         const bool idle = may_idle && received_ == 0;
         const std::int64_t stall = idle ? kNever : SteadyNowNs() + kStallNs;
-        const ssize_t n = Until(POLLIN, std::min(stall, deadline_ns), [&] {
+        const ssize_t n = Until(POLLIN, std::min(stall, deadline_ns), idle ? 0 : kBulkSpinNs, [&] {
             return recv(fd_, frame_.data() + received_, bytes - received_, MSG_DONTWAIT);
         });
         if (n <= 0) return false;
@@ -128,7 +129,7 @@ BulkSession::Frame BulkSession::ReceiveFrame(std::int64_t deadline_ns) {
 bool BulkSession::SendParts() {
     const std::size_t chunk = services_.throttle.chunk_bytes();
     while (!outgoing_.empty()) {
-        const ssize_t n = Until(POLLOUT, SteadyNowNs() + kStallNs,
+        const ssize_t n = Until(POLLOUT, SteadyNowNs() + kStallNs, 0,
                                 [&] { return outgoing_.SendSome(fd_, chunk); });
         if (n <= 0) return false;
         Pace(n);
@@ -267,7 +268,7 @@ bool BulkSession::ReceivePieces(const BulkRequest &request) {
     }
     const std::size_t chunk = services_.throttle.chunk_bytes();
     while (!incoming_.empty()) {
-        const ssize_t n = Until(POLLIN, SteadyNowNs() + kStallNs,
+        const ssize_t n = Until(POLLIN, SteadyNowNs() + kStallNs, kBulkSpinNs,
                                 [&] { return incoming_.ReceiveSome(fd_, chunk); });
         if (n <= 0) return false;
         Pace(n);

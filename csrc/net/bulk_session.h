@@ -18,8 +18,9 @@ namespace kvstore {
 
 class BulkSession final : public Regions::User {
 public:
-    // Owns the socket.
-    BulkSession(BulkServices &services, int fd) : services_(services), fd_(fd) {}
+    // Owns the socket. `greeted`: for tests, the peer has proved itself already.
+    BulkSession(BulkServices &services, int fd, bool greeted = false)
+        : services_(services), greeted_(greeted), fd_(fd) {}
     ~BulkSession() { CloseFd(); }
     BulkSession(const BulkSession &) = delete;
     BulkSession &operator=(const BulkSession &) = delete;
@@ -37,7 +38,7 @@ private:
     bool ReceiveExactly(std::size_t bytes, std::int64_t deadline_ns, bool may_idle);
     bool Wait(short events, std::int64_t deadline_ns);
     template <typename Attempt>
-    ssize_t Until(short events, std::int64_t deadline_ns, Attempt attempt);
+    ssize_t Until(short events, std::int64_t deadline_ns, std::int64_t spin_ns, Attempt attempt);
     void Pace(ssize_t bytes);
     bool SendParts();
     bool Reply(BulkOp op, std::uint8_t status, const void *head, std::size_t bytes);
@@ -51,6 +52,7 @@ private:
     void CloseFd();
 
     BulkServices &services_;
+    const bool greeted_;
     std::mutex fd_mutex_;  // held to close the socket, and by others who use it
     int fd_;
     std::atomic<bool> cut_{false};

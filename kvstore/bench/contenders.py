@@ -184,7 +184,10 @@ class _Process:
                 raise ContenderError(f"ended with status {self._process.wait()}")
             self._buffer += chunk
         line, _, self._buffer = self._buffer.partition(b"\n")
-        answer: dict[str, Any] = json.loads(line)
+        try:
+            answer: dict[str, Any] = json.loads(line)
+        except ValueError as error:
+            raise ContenderError(line.decode(errors="replace")[:200]) from error
         return answer
 
     def use(self, cores: Sequence[int]) -> None:

@@ -3,10 +3,10 @@
     python ends.py PEER_FILE serve|read
 
 PEER_FILE is a Python file with a class `Peer`; a module of kvstore calls `main` with its own
-instead, see `transport_peer`. The first line on stdin is a
-JSON object of options: `source`, a file with the bytes that are read; `hello`, what the served end
-said; and the peer's own. Imports nothing but numpy: it runs by its path in each peer's own Python,
-which need not have kvstore.
+instead, see `transport_peer`. The first line on stdin is a JSON object of options: `source`, a file
+with the bytes that are read; `hello`, what the served end said; and the peer's own; `role` is added
+to them. Imports nothing but numpy: it runs by its path in each peer's own Python, which need not
+have kvstore.
 
 The served end prints {"hello": ...} and ends with its stdin. The reading end prints {"version":
 ...}, and then takes lines "SIZE BATCH CALLS FIRST": read CALLS batches of BATCH blocks of SIZE
@@ -123,7 +123,7 @@ def main(load: Callable[[], Callable[[dict[str, Any]], Peer]], role: str) -> Non
     # Libraries print to stdout as they like; only answers may go down the pipe.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    options = json.loads(sys.stdin.readline())
+    options = {**json.loads(sys.stdin.readline()), "role": role}
     try:
         peer = load()(options)
         (_serve if role == "serve" else _read)(peer, options, answers)

@@ -31,6 +31,7 @@ BATCH = 16
 OURS = "kvstore.bench.transport_peer"
 SEGMENT = "256k"  # of UCX over TCP; its default, 8 KiB, is five times as slow
 _PEERS = Path(__file__).resolve().parents[2] / "bench" / "transport"
+_HEADERS = {"raw_ucx_tcp": " (Debian: apt-get install libucx-dev)"}
 _ONLY_IN_CHECKOUT = "only in a checkout of kvstore: bench/transport"
 
 
@@ -44,6 +45,10 @@ class Workload:
     @property
     def is_single(self) -> bool:
         return self.batch == 1
+
+    @property
+    def figure(self) -> str:
+        return f"{self.label}_us" if self.is_single else self.label
 
 
 WORKLOADS = (
@@ -127,7 +132,9 @@ class _Ways:
             self._ours("ucx_tcp", "ucx", verified=True, settings=self._ucx_settings()),
             self._ours("ucx_tcp_unverified", "ucx", verified=False, settings=self._ucx_settings()),
             self._program("raw_tcp", "raw_tcp.c", [["1"], ["2"]], []),
-            self._program("raw_ucx_tcp", "raw_ucx.c", [[self._place.device, SEGMENT]], ["-lucp"]),
+            self._program(
+                "raw_ucx_tcp", "raw_ucx.c", [[self._place.device, SEGMENT]], ["-lucp", "-lucs"]
+            ),
             *nixl,
             self._peer("mooncake_tcp", "mooncake"),
         ]
@@ -176,7 +183,7 @@ class _Ways:
         try:
             program = str(compiled(_PEERS / source, self._work, libraries))
         except ContenderError as error:
-            return Way(name, absent=str(error))
+            return Way(name, absent=f"{error}{_HEADERS.get(name, '')}")
         address = self._place.addresses[0]
         way = Way(name)
         for variant in variants:
@@ -279,7 +286,7 @@ def _figures(ways: Sequence[Way]) -> list[Figure]:
         living = [contender for contender in way.variants if not contender.absent]
         if not living:
             why = way.absent or "; ".join(c.absent for c in way.variants)
-            figures += [Figure.absent(f"{way.name}_{w.label}", why) for w in WORKLOADS]
+            figures += [Figure.absent(f"{way.name}_{w.figure}", why) for w in WORKLOADS]
             continue
         for workload in WORKLOADS:
             chosen = min(living, key=lambda c: c.median(workload.label))
@@ -299,11 +306,10 @@ def _figure(
 ) -> Figure:
     seconds = ours.median(workload.label)
     value, unit = workload.size * workload.batch / seconds / 1e9, "GB/s"
-    label = workload.label
     if workload.is_single:
-        value, unit, label = seconds * 1e6, "us", f"{label}_us"
+        value, unit = seconds * 1e6, "us"
     ratio = None if against is None else ours.speedup(theirs, workload.label)
-    return Figure(f"{name}_{label}", value, unit, ratio, against)
+    return Figure(f"{name}_{workload.figure}", value, unit, ratio, against)
 
 
 def transport(

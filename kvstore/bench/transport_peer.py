@@ -42,6 +42,7 @@ class Peer:
 
     def __init__(self, options: dict[str, Any]) -> None:
         self._way: str = options["way"]
+        self._reads = options["role"] == "read"
         self._verified: bool = options.get("verified", False)
         self._sizes: list[int] = options["sizes"]
         self._threads: int = options.get("threads", 1)
@@ -59,7 +60,8 @@ class Peer:
             raise AbsentError(str(error)) from error
 
     def memory(self, num_bytes: int) -> Bytes:
-        if self._way != "shm":
+        """Shared where it is served, and as an engine's own where it is read into."""
+        if self._way != "shm" or self._reads:
             return page_aligned(num_bytes)
         self._shared = SharedMemory(num_bytes)
         self._shared.array[:] = 1

@@ -135,6 +135,11 @@ class Host:
                 *("rate", f"{bytes_per_second * 8}bit", "burst", str(burst), "latency", "50ms"),
             )
 
+    def sent_bytes(self) -> int:
+        """What has gone into the cable from here, headers included."""
+        shown = _tool("ip", "-n", self.name, "-s", "-j", "link", "show", "dev", INTERFACE)
+        return int(json.loads(shown)[0]["stats64"]["tx"]["bytes"])
+
     def processes(self) -> list[int]:
         return [int(pid) for pid in _tool("ip", "netns", "pids", self.name).split()]
 

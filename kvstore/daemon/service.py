@@ -184,7 +184,13 @@ class Service:
         from kvstore.peers import Peers
 
         secret = read_secret(config.peer_token, "peer_token")
-        peers = Peers(self._tiers, secret, epoch=self.epoch, listen=config.peer_host)
+        peers = Peers(
+            self._tiers,
+            secret,
+            epoch=self.epoch,
+            listen=config.peer_host,
+            tls=_files(config).client_context() if config.tls_cert else None,
+        )
         self._tiers.fetches = peers  # which closes it
         return peers
 
@@ -454,6 +460,7 @@ class Service:
             "leases": counts["leases"],
             "reservations": counts.get("reservations", 0),
             "quarantined_slots": sum(slots for *_, slots in core.quarantine()),
+            "peers": self._peers.describe() if self._peers else None,
             "recent_errors": self._errors.list(),
         }
 
@@ -547,4 +554,8 @@ def _tls(config: DaemonConfig) -> ssl.SSLContext | None:
     """Return what `tcp` encrypts by; None: it does not."""
     if not config.tls_cert:
         return None
-    return TlsFiles(config.tls_ca, config.tls_cert, config.tls_key).server_context()
+    return _files(config).server_context()
+
+
+def _files(config: DaemonConfig) -> TlsFiles:
+    return TlsFiles(config.tls_ca, config.tls_cert, config.tls_key)

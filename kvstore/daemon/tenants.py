@@ -167,7 +167,7 @@ def tenants_of(config: DaemonConfig, environment_token: bytes | None, uid: int) 
     for name, tenant in config.tenants.items():
         if tenant.token_file:
             found[name] = read_secret(tenant.token_file, f"tenants.{name}.token_file")
-    if config.is_open_to_the_network and not found:
+    if config.is_open_to_the_network and not found and not config.peer_token:
         raise ConfigError(
             f"tcp: {config.tcp} can be reached from other hosts; set token_file, or listen on "
             f"127.0.0.1"

@@ -11,7 +11,7 @@ only events say what comes before what.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,7 +21,8 @@ import numpy.typing as npt
 Addresses = npt.NDArray[np.uint64]
 BlockIds = npt.NDArray[np.int64]
 
-POLL_SECONDS = 50e-6  # between two looks at an event: far less than a batch takes
+_SPIN_SECONDS = 200e-6  # looked at without a pause: a sleep would be longer than most copies
+_PAUSE_SECONDS = (50e-6, 1e-3)  # between two looks after that: the first, the longest
 
 
 class Event(Protocol):
@@ -149,20 +150,28 @@ class Device(Protocol):
     def close(self) -> None: ...
 
 
-def wait_for(
-    event: Event, timeout: float | None, sleep: Callable[[float], None] = time.sleep
-) -> bool:
+def poll_pauses() -> Iterator[float]:
+    """Yield how long to pause before each next look at an event."""
+    end = time.monotonic() + _SPIN_SECONDS
+    while time.monotonic() < end:
+        yield 0.0
+    pause, longest = _PAUSE_SECONDS
+    while True:
+        yield pause
+        pause = min(2 * pause, longest)
+
+
+def wait_for(event: Event, timeout: float | None) -> bool:
     """Wait until `event` is done; False when `timeout` seconds were not enough.
 
     By looking again and again: the driver's own wait has no deadline.
     """
     deadline = None if timeout is None else time.monotonic() + timeout
-    pause = POLL_SECONDS
+    pauses = poll_pauses()
     while not event.done():
         if deadline is not None and time.monotonic() >= deadline:
             return False
-        sleep(pause)
-        pause = min(2 * pause, 1e-3)
+        time.sleep(next(pauses))
     return True
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from kvstore.address import is_loopback
+from kvstore.auth import read_secret
 from kvstore.config import DaemonConfig, format_bytes, parse_bytes
 from kvstore.errors import KVStoreError
 from kvstore.ops.probes import UNLIMITED, PathInfo, Probes
@@ -304,6 +306,23 @@ def check_daemon(probes: Probes, context: Context) -> Verdict:
     return ok(f"{context.address}, {version}, {state}")
 
 
+def check_peers(_: Probes, context: Context) -> Verdict:
+    config = context.config
+    if config is None or not config.peer_token:
+        return ok("no blocks are fetched from other daemons, or served to them: no peer_token")
+    try:
+        read_secret(config.peer_token, "peer_token")
+    except KVStoreError as error:
+        return fail(str(error), "make a file with 16 random bytes or more, and mode 0600")
+    ways = ", ".join(config.mover_names)
+    if config.peer_require_rdma:
+        return ok(f"by {ways}, between hosts over RDMA only; peers read at {config.peer_host}")
+    found = f"by {ways}; peers read at {config.peer_host}"
+    if is_loopback(config.peer_host):
+        return warn(found, "other hosts cannot reach it: set `tcp`, or `peer_listen`")
+    return ok(found)
+
+
 def check_packages(probes: Probes, context: Context) -> Verdict:
     names = ("torch", "zstandard", "redis", "cupy")
     has = [name for name in names if probes.package(name)]
@@ -342,6 +361,7 @@ CHECKS: tuple[tuple[str, Run], ...] = (
     ("socket", check_socket),
     ("clock", check_clock),
     ("daemon", check_daemon),
+    ("peers", check_peers),
     ("packages", check_packages),
     ("gpu", check_gpu),
 )

@@ -196,6 +196,22 @@ def tenants(status: Mapping[str, Any]) -> Table:
     return table
 
 
+def holders(status: Mapping[str, Any]) -> Table:
+    """Other daemons that blocks were fetched from."""
+    table = _table("holder", "state", "by", "why", "speed", right=("speed",))
+    peers = status.get("peers")
+    for holder in rows_of(peers, "holders") if isinstance(peers, Mapping) else ():
+        speed = number(holder.get("bytes_per_second"))
+        table.add_row(
+            plain(holder.get("address")),
+            "away" if holder.get("is_away") else "there",
+            plain(holder.get("mover")),
+            plain(holder.get("reason")),
+            f"{format_bytes(speed)}/s" if speed else "",
+        )
+    return table
+
+
 def _quota(value: object) -> str:
     return format_bytes(number(value)) if number(value) else "none"
 
@@ -274,6 +290,7 @@ def sections(status: Mapping[str, Any], *, short: bool = False) -> Iterator[Rend
         tiers(status),
         clients(status, at_most),
         tenants(status),
+        holders(status),
         hot_prefixes(status, at_most),
         errors(status, at_most),
     ]

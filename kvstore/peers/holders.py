@@ -1,8 +1,5 @@
-"""Holders: the daemons that we fetch from.
-
-    Holder      one daemon, by address: a breaker, threads of its own, a link to its endpoint
-    PeerSession a client of that daemon that proved the peers' secret, for one tenant's namespace
-    HeldBlocks  a holder as one flight sees it; see `kvstore.peers.sources.Source`
+"""Holders: the daemons that we fetch from, by address: each with a breaker, threads of its own,
+sessions, and a link to its endpoint.
 
 A holder that hangs holds up its own threads only, and each of them for one call's deadline; then
 its breaker is open, and all calls fail at once until one attempt gets through. A daemon that was
@@ -12,51 +9,35 @@ link.
 
 from __future__ import annotations
 
-import itertools
 import logging
+import ssl
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
 import msgspec
-import numpy as np
 
-from kvstore import _native, wire
-from kvstore._native import Connection
-from kvstore.block import BlockHashes, Namespace
+from kvstore import wire
+from kvstore.block import Namespace
 from kvstore.client.breaker import Breaker
 from kvstore.client.handshake import Target
-from kvstore.client.session import Session
-from kvstore.errors import (
-    ConfigError,
-    DeadlineExceededError,
-    KVStoreError,
-    PeerUnavailableError,
-)
+from kvstore.errors import ConfigError, KVStoreError, PeerUnavailableError
 from kvstore.peers.counts import FRAMES
-from kvstore.peers.sources import Held, Read, U64s
+from kvstore.peers.session import CALL_SECONDS, PeerSession
 from kvstore.peers.threads import Threads
-from kvstore.transport import Batch, Endpoint, EndpointInfo, Link, Status
-from kvstore.transport.types import all_of
+from kvstore.transport import Endpoint, EndpointInfo, Link
 
 log = logging.getLogger(__name__)
 
-CALL_SECONDS = 1.0  # that a holder has to answer, on top of what it may wait for itself
-SSD_SECONDS_MAX = 2.0  # that a holder may read from its ssd for one piece
-LEASE_SECONDS = 30.0  # at most; whoever dies with leases holds slots there for so long
 _HOLDERS_MAX = 64
 _SESSIONS_MAX = 32  # of one holder: tenants' namespaces
 _THREADS_MAX = 6  # of one holder
 _QUEUED_MAX = 256
 _LINK_PAUSE_SECONDS = 5.0  # before another try where no mover serves both ends
 _PAUSE_FIRST, _PAUSE_LONGEST = 0.1, 2.0
-_GIVEN_UP = (Status.LOST, Status.LATE, Status.CANCELLED)
-
-_generations = itertools.count(1)
-_Answer = TypeVar("_Answer")
 
 
 @dataclass(frozen=True)
@@ -69,73 +50,7 @@ class Means:
     movers: tuple[str, ...] | None  # None: as is best
     allow_frames: bool  # payload may come over the control connection
     threads: int  # that check what came so
-
-
-class PeerSession:
-    """See above. Thread-safe, as `Session` is.
-
-    Raises:
-        ConfigError: the holder has nothing of this namespace.
-        KVStoreError: see `kvstore.client.handshake.dial`.
-    """
-
-    def __init__(self, target: Target) -> None:
-        self._session = Session(target, CALL_SECONDS, next(_generations), None, self._lost)
-
-    def _lost(self, session: Session, _error: KVStoreError) -> None:
-        session.close()  # nobody writes into its slots: we only read there
-
-    @property
-    def welcome(self) -> wire.Welcome:
-        return self._session.welcome
-
-    @property
-    def is_lost(self) -> bool:
-        return self._session.is_lost
-
-    def match(self, hashes: BlockHashes, seconds: float) -> int:
-        wait = min(0.0, seconds - CALL_SECONDS)
-        return self._session.ask(Connection.match, wait, hashes.array, hashes.start, hashes.parent)
-
-    def acquire(self, hashes: BlockHashes, seconds: float) -> Held:
-        wait = max(0.0, min(SSD_SECONDS_MAX, seconds / 2))
-        lease, offsets, _, _, checksums = self._session.ask(
-            Connection.acquire,
-            min(wait, seconds - CALL_SECONDS),
-            min(seconds + CALL_SECONDS, LEASE_SECONDS),
-            wait,
-            0,
-            hashes.array,
-            hashes.start,
-            hashes.parent,
-        )
-        return Held(lease, offsets, checksums, self)
-
-    def read(self, held: Held, first: int, addresses: U64s, size: int, seconds: float) -> None:
-        self._session.ask(
-            Connection.read, seconds - CALL_SECONDS, held.lease, first, addresses, size
-        )
-
-    def release(self, held: Held) -> None:
-        if not self.is_lost:
-            self._session.ask(Connection.release, 0.0, np.array([held.lease], np.uint64))
-
-    def report_damaged(self, block_hash: bytes) -> None:
-        body = wire.encode(wire.Corrupt(block_hash))
-        self._session.ask(Connection.call, 0.0, wire.Op.CALL, body)
-
-    def close(self) -> None:
-        self._session.close()
-
-
-class _Unsettled:
-    """A link that was given up."""
-
-    def __init__(self, link: Link) -> None:
-        self._link = link
-
-    def settle(self, timeout: float) -> bool:
-        return self._link.close(timeout)
+    tls: ssl.SSLContext | None = None  # for holders at "tls:host:port"
 
 
 class Holder:
@@ -161,11 +76,19 @@ class Holder:
         with self._lock:
             return sum(not session.is_lost for session in self._sessions.values())
 
-    @property
-    def mover(self) -> str:
-        """By what bytes come from it; "" while that is not known."""
-        link = self._link
-        return link.mover if link is not None else FRAMES if self.why_no_link else ""
+    def describe(self) -> dict[str, Any]:
+        """For people, see `kvstore.status.HolderStatus`."""
+        link, why_not = self._link, self.why_no_link
+        with self._lock:
+            is_away = self._breaker.is_open
+        return {
+            "address": self.address,
+            "is_away": is_away,
+            "sessions": self.num_sessions,
+            "mover": link.mover if link is not None else FRAMES if why_not else "",
+            "reason": link.reason if link is not None else why_not,
+            "bytes_per_second": self.bytes_per_second,
+        }
 
     # --- sessions
 
@@ -187,7 +110,14 @@ class Holder:
                     raise PeerUnavailableError(f"{self.address}: it did not answer lately")
             try:
                 made = PeerSession(
-                    Target(self.address, namespace, tenant, self.means.secret, is_peer=True)
+                    Target(
+                        self.address,
+                        namespace,
+                        tenant,
+                        self.means.secret,
+                        is_peer=True,
+                        tls=self.means.tls if self.address.startswith("tls:") else None,
+                    )
                 )
             except ConfigError:
                 self._succeeded()  # it answered
@@ -282,124 +212,6 @@ class Holder:
         with self._link_lock:
             link, self._link = self._link, None
         return (link is None or link.close(timeout)) and ended
-
-
-class HeldBlocks:
-    """See `kvstore.peers.sources.Source`."""
-
-    def __init__(self, holder: Holder, tenant: str, namespace: Namespace) -> None:
-        self._holder = holder
-        self._tenant = tenant
-        self._namespace = namespace
-        self._block_bytes = namespace.spec.block_bytes
-
-    @property
-    def address(self) -> str:
-        return self._holder.address
-
-    @property
-    def bytes_per_second(self) -> float:
-        return self._holder.bytes_per_second
-
-    def submit(self, step: Callable[[], None]) -> bool:
-        return self._holder.threads.submit(step)
-
-    def available(self, hashes: BlockHashes, seconds: float) -> int:
-        try:
-            session = self._holder.session(self._tenant, self._namespace)
-        except ConfigError:
-            return 0  # nothing of this namespace is there
-        return self._ask(lambda: session.match(hashes, seconds))
-
-    def acquire(self, hashes: BlockHashes, seconds: float) -> Held:
-        session = self._holder.session(self._tenant, self._namespace)
-        return self._ask(lambda: session.acquire(hashes, seconds))
-
-    def _ask(self, call: Callable[[], _Answer]) -> _Answer:
-        try:
-            return call()
-        except (PeerUnavailableError, DeadlineExceededError):
-            self._holder.failed()
-            raise
-        except (ValueError, LookupError, TypeError) as error:
-            raise PeerUnavailableError(f"{self.address}: {error}") from error
-
-    def read(self, held: Held, places: U64s, addresses: U64s, seconds: float) -> Read:
-        assert isinstance(held.session, PeerSession)
-        began = time.monotonic()
-        try:
-            link = self._holder.link(held.session.welcome, seconds)
-        except KVStoreError as error:
-            log.warning("%s: no link: %s", self.address, error)
-            link = None
-        left = max(0.0, seconds - (time.monotonic() - began))
-        began = time.monotonic()
-        if link is not None:
-            read = self._read_by(link, held, places, addresses, left)
-        elif self._holder.means.allow_frames:
-            read = self._read_frames(held.session, held, places, addresses, left)
-        else:
-            return Read(all_of(Status.REFUSED, len(places)), FRAMES)
-        num_whole = int(np.count_nonzero(read.statuses == Status.OK))
-        if num_whole == len(places):
-            self._holder.measured(num_whole * self._block_bytes, time.monotonic() - began)
-        return read
-
-    def _read_by(
-        self, link: Link, held: Held, places: U64s, addresses: U64s, seconds: float
-    ) -> Read:
-        assert isinstance(held.session, PeerSession)
-        batch = Batch(addresses, held.offsets[places], self._block_bytes, held.checksums[places])
-        statuses = link.read(held.session.welcome.region, batch, timeout=seconds)
-        given_up = bool(np.isin(statuses, _GIVEN_UP).any())
-        if given_up:
-            self._holder.failed()
-        if given_up and link.settles_late:
-            self._holder.drop_link(link)
-            return Read(statuses, link.mover, _Unsettled(link))
-        return Read(statuses, link.mover)
-
-    def _read_frames(
-        self, session: PeerSession, held: Held, places: U64s, addresses: U64s, seconds: float
-    ) -> Read:
-        """Over the control connection: one request for each run of places."""
-        statuses = all_of(Status.LOST, len(places))
-        deadline = time.monotonic() + seconds
-        cuts = np.flatnonzero(np.diff(places.astype(np.int64)) != 1) + 1
-        try:
-            for run in np.split(np.arange(len(places)), cuts):
-                left = max(0.001, deadline - time.monotonic())
-                session.read(held, int(places[run[0]]), addresses[run], self._block_bytes, left)
-                sums = np.empty(len(run), np.uint64)
-                _native.checksum_blocks(
-                    addresses[run], self._block_bytes, sums, self._holder.means.threads
-                )
-                is_whole = sums == held.checksums[places[run]]
-                statuses[run] = np.where(is_whole, Status.OK, Status.DAMAGED)
-        except DeadlineExceededError:
-            self._holder.failed()
-            statuses[statuses == Status.LOST] = Status.LATE
-        except PeerUnavailableError:
-            self._holder.failed()
-        except (KVStoreError, ValueError, LookupError, TypeError) as error:
-            log.warning("%s: read: %s", self.address, error)
-            statuses[statuses == Status.LOST] = Status.REFUSED
-        return Read(statuses, FRAMES)
-
-    def release(self, held: Held) -> None:
-        if not held.lease or not isinstance(held.session, PeerSession):
-            return
-        try:
-            held.session.release(held)
-        except (KVStoreError, ValueError, LookupError, TypeError) as error:
-            log.debug("%s: a lease was not released: %s", self.address, error)
-
-    def report_damaged(self, block_hash: bytes) -> None:
-        try:
-            session = self._holder.session(self._tenant, self._namespace)
-            session.report_damaged(block_hash)
-        except (KVStoreError, ValueError, LookupError, TypeError) as error:
-            log.warning("%s: it was not told of a damaged block: %s", self.address, error)
 
 
 class Holders:

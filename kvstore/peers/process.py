@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import ssl
 import threading
 import time
 from concurrent.futures import Future
+from typing import Any
 
 import msgspec
 
 from kvstore.peers.fetcher import Fetcher
-from kvstore.peers.holders import HeldBlocks, Holders, Means
+from kvstore.peers.held import HeldBlocks
+from kvstore.peers.holders import Holders, Means
 from kvstore.tiers.fetching import Wanted
 from kvstore.tiers.local import Tiers
 from kvstore.transport import Endpoint, TransportSettings
@@ -39,12 +42,19 @@ class Peers:
     """
 
     def __init__(
-        self, tiers: Tiers, secret: bytes, *, epoch: bytes, listen: str = "127.0.0.1"
+        self,
+        tiers: Tiers,
+        secret: bytes,
+        *,
+        epoch: bytes,
+        listen: str = "127.0.0.1",
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         """
         Args:
             epoch: of this daemon; of an embedded store, anything that no other has.
             listen: host on which peers reach the movers.
+            tls: for holders at "tls:host:port".
         """
         config = tiers.config
         is_auto = config.movers == "auto"
@@ -70,6 +80,7 @@ class Peers:
             None if is_auto or config.peer_require_rdma else movers,
             not config.peer_require_rdma,
             config.threads,
+            tls,
         )
         self.holders = Holders(means)
         self.fetcher = Fetcher(
@@ -90,6 +101,15 @@ class Peers:
 
     def fetch(self, wanted: Wanted, holders: list[str], timeout: float) -> Future[int]:
         return self.fetcher.fetch(wanted, holders, timeout)
+
+    def describe(self) -> dict[str, Any]:
+        """For people, see `kvstore.status.PeersStatus`."""
+        return {
+            "movers": list(self.endpoint.movers),
+            "unavailable": self.endpoint.unavailable,
+            "address": self.endpoint.tcp_address or "",
+            "holders": [holder.describe() for holder in self.holders.list()],
+        }
 
     def _counted(self) -> dict[str, int]:
         return {

@@ -11,6 +11,7 @@ from kvstore.errors import ConfigError
 from kvstore.transport.types import EndpointInfo
 
 MOVERS = ("shm", "ucx", "tcp")  # the order in which they are tried
+GPU_MOVER = "cuda"  # of endpoints whose regions are in GPU memory, which no other mover reaches
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ def check_movers(movers: Sequence[str]) -> tuple[str, ...]:
         ConfigError: there is no such mover.
     """
     for name in movers:
-        if name not in MOVERS:
+        if name not in (*MOVERS, GPU_MOVER):
             raise ConfigError(f"movers: {name!r} is none of {', '.join(MOVERS)}")
     return tuple(movers)
 
@@ -52,7 +53,8 @@ def choices(
         peer: the other.
         allowed: only these, in this order, and ucx without RDMA too; None: as is best.
     """
-    names = MOVERS if allowed is None else check_movers(allowed)
+    best = (GPU_MOVER,) if GPU_MOVER in ours.movers else MOVERS
+    names = best if allowed is None else check_movers(allowed)
     return [_judge(name, ours, peer, allowed is not None) for name in names]
 
 
@@ -62,6 +64,8 @@ def _judge(name: str, ours: EndpointInfo, peer: EndpointInfo, is_asked_for: bool
             return Choice(name, False, f"not of {whose} endpoint")
     if name == "shm":
         return _judge_shm(ours, peer)
+    if name == GPU_MOVER:
+        return _judge_cuda(ours, peer)
     if name == "ucx":
         return _judge_ucx(ours, peer, is_asked_for)
     return Choice(name, True, "it always works")
@@ -74,6 +78,14 @@ def _judge_ucx(ours: EndpointInfo, peer: EndpointInfo, is_asked_for: bool) -> Ch
         return Choice("ucx", True, "asked for; without RDMA")
     whose = "the peer has" if ours.has_rdma else "we have"
     return Choice("ucx", False, f"{whose} no RDMA, and our own TCP is as fast as UCX's")
+
+
+def _judge_cuda(ours: EndpointInfo, peer: EndpointInfo) -> Choice:
+    if ours.boot_id != peer.boot_id:
+        return Choice(GPU_MOVER, False, "another host")
+    if ours.pid_namespace != peer.pid_namespace:
+        return Choice(GPU_MOVER, False, "another container: its processes are not visible here")
+    return Choice(GPU_MOVER, True, "same host")
 
 
 def _judge_shm(ours: EndpointInfo, peer: EndpointInfo) -> Choice:

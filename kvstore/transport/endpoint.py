@@ -56,6 +56,7 @@ _THREADS = 4  # of one link, for moves in the background
 _LATE = {
     "tcp": ("kvstore.transport.tcp", "TcpMover"),
     "ucx": ("kvstore.transport.ucx", "UcxMover"),
+    "cuda": ("kvstore.transport.cuda_ipc", "CudaIpcMover"),
 }
 Memory = SharedMemory | npt.NDArray[np.uint8] | tuple[int, int]
 
@@ -184,6 +185,17 @@ class Endpoint:
         self._publish()
         return True
 
+    def mark(self, region: Region, stream: int) -> None:
+        """Reads of a GPU region that peers begin from now on wait for what is on `stream` so far.
+
+        Raises:
+            ConfigError: it is no registered region of the cuda mover.
+            GpuError: the GPU refused.
+        """
+        mark = getattr(self._movers.get("cuda"), "mark", None)
+        if mark is None or not mark(region, stream):
+            raise ConfigError(f"region: {region.region_id} is not registered with a cuda mover")
+
     def describe(self, region: Region) -> RegionInfo:
         """Return what a peer needs to `Link.add_region` it.
 
@@ -247,12 +259,15 @@ class Endpoint:
             if not choice.usable:
                 reasons.append(f"{choice.mover}: {choice.reason}")
                 continue
+            link = None
             try:
                 mover_link = self._movers[choice.mover].connect(peer, seconds)
                 link = Link(choice.mover, choice.reason, peer, mover_link, self._settings.timeout)
                 for region in peer.regions:
                     link.add_region(region)
             except (PeerUnavailableError, DeadlineExceededError, IncompatibleError) as error:
+                if link is not None:
+                    link.close()
                 failure = error
                 reasons.append(f"{choice.mover}: {error}")
                 continue
@@ -397,7 +412,7 @@ class Link:
     @property
     def settles_late(self) -> bool:
         """Whether a move that did not end well may still write until `close` returned True."""
-        return self.mover == "ucx"
+        return self.mover in ("ucx", "cuda")
 
     def add_region(self, region: RegionInfo) -> None:
         """Make a region usable that the peer registered after its info was taken.

@@ -13,13 +13,15 @@ class TransportSettings:
     Args:
         listen: host, or "host:port", on which the tcp and ucx movers listen. Beyond loopback only
             with a secret.
-        movers: of "shm", "ucx", "tcp"; None: all that work here.
+        movers: of "shm", "ucx", "tcp"; None: all that work here. Or "cuda" alone, for GPU memory.
         timeout: seconds after which a peer that gives no sign is given up.
         bytes_per_second: limit of what peers read from us over tcp; 0: none.
         connections: of one tcp link for large batches; 0: as many as pay.
         ucx_library: path of a libucp; "": searched for.
         ucx_tls: UCX's transports; "": RDMA where there is any, else tcp.
         ucx_devices: UCX's network devices; "": all.
+        cuda_device: whose memory the cuda mover serves, as this process counts GPUs.
+        cuda_library: the CUDA driver's; "": as the system has it.
 
     Raises:
         ConfigError: a value is wrong; the message names it.
@@ -33,10 +35,14 @@ class TransportSettings:
     ucx_library: str = ""
     ucx_tls: str = ""
     ucx_devices: str = ""
+    cuda_device: int = 0
+    cuda_library: str = ""
 
     def __post_init__(self) -> None:
         if not 0 < self.timeout <= 3600:
             raise ConfigError(f"timeout: {self.timeout} is not between 0 and 3600 seconds")
+        if self.movers is not None and "cuda" in self.movers and len(self.movers) > 1:
+            raise ConfigError("movers: cuda serves GPU memory, the others do not: it goes alone")
         if self.bytes_per_second < 0:
             raise ConfigError(f"bytes_per_second: {self.bytes_per_second} is negative")
         if not 0 <= self.connections <= 64:

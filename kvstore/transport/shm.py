@@ -105,7 +105,7 @@ class ShmMover:
     def deregister(self, region: Region, timeout: float) -> bool:
         with self._lock:
             _, fd = self._regions.get(region.region_id, (region, -1))
-            has_lock = region.writable and fd >= 0 and _lock(fd, fcntl.LOCK_EX)
+            has_lock = region.writable and fd >= 0 and try_lock(fd, fcntl.LOCK_EX)
             is_free = has_lock or not region.writable or fd < 0
             if is_free and self._regions.pop(region.region_id, None) is not None and fd >= 0:
                 # The lock is the file's, which may be served again; so it must not outlive this.
@@ -231,7 +231,7 @@ class MappedLink:
             end = key.fd_offset + region.num_bytes
             if found.st_size < end:
                 raise IncompatibleError(f"shm: region of {end} bytes in a file of {found.st_size}")
-            if region.writable and not _lock(fd, fcntl.LOCK_SH):
+            if region.writable and not try_lock(fd, fcntl.LOCK_SH):
                 raise PeerUnavailableError(f"shm: region {region.region_id} is served no more")
             if os.stat(path).st_ino != key.inode:  # closed before we had the lock
                 raise PeerUnavailableError(f"shm: region {region.region_id} is served no more")
@@ -311,7 +311,7 @@ def _copy(
     )
 
 
-def _lock(fd: int, kind: int) -> bool:
+def try_lock(fd: int, kind: int) -> bool:
     """Whether the lock could be had at once."""
     try:
         fcntl.flock(fd, kind | fcntl.LOCK_NB)

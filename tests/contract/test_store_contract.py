@@ -54,7 +54,7 @@ from tests.store_support import (
 
 Open: TypeAlias = Callable[..., Store]
 # Where the decisions are made, how bytes come and go, and what is below DRAM.
-STORES = ["cpu", "ssd", "unix", "unix+ssd", "unix+copy", "tcp", "tcp+ssd", "tls"]
+STORES = ["cpu", "ssd", "unix", "unix+ssd", "unix+copy", "tcp", "tcp+ssd", "tcp+tls"]
 SECRET = "a secret of this test's own"
 
 
@@ -83,12 +83,13 @@ def opened(kind: str, owners: list[Store], tmp_path: Path) -> Iterator[Open]:
             if kind in ("cpu", "ssd"):
                 return store
             server = ends.enter_context(serve(store, kind, sockets / "s"))
-            token = None if "unix" in kind else SECRET
+            token = SECRET if "tcp" in kind else None
             tls = None
-            if kind == "tls":
+            if "tls" in kind:
                 certificates = make_certificates(sockets)
                 server.listen(listen_tcp("127.0.0.1", 0), certificates.server_context())
-                tls = kvstore.TlsFiles(certificates.ca)
+                # Ours, too: the server asks for one.
+                tls = certificates
             address = server.addresses[-1]
             client = kvstore.connect(address, NAMESPACE, timeout=WAIT_S, token=token, tls=tls)
             ends.callback(client.close)
@@ -110,10 +111,10 @@ def make_certificates(directory: Path) -> kvstore.TlsFiles:
 
 
 def serve(store: Store, kind: str, path: Path) -> Server:
-    if "unix" not in kind or "copy" in kind:
+    if "tcp" in kind or "copy" in kind:
         control = store.control
         assert isinstance(control, LocalControl)
-        tcp = "unix" not in kind
+        tcp = "tcp" in kind
         listener = listen_tcp("127.0.0.1", 0) if tcp else listen_unix(path)
         tenants = Tenants({}, {"": SECRET.encode()}, os.getuid())
         writes = "copy" if "copy" in kind else "in_place"

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,14 +144,17 @@ class RawClient:
 class Daemon:
     """`kvstore serve` in a process of its own."""
 
-    def __init__(self, directory: Path, *flags: str, **environment: str) -> None:
+    def __init__(
+        self, directory: Path, *flags: str, prefix: Sequence[str] = (), **environment: str
+    ) -> None:
+        """`prefix`: of the command line, such as what makes it run on another host."""
         self.address = f"unix:{directory}/s"
         self.state = directory / "s.state"
         arguments = ["--listen", self.address, "--http", "", "--cpu", "4MiB", "--chunk", "256KiB"]
         self.log = directory / "log"
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "kvstore", "serve", *arguments, *flags],
+                [*prefix, sys.executable, "-m", "kvstore", "serve", *arguments, *flags],
                 stdout=subprocess.PIPE,
                 stderr=log,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},

@@ -27,6 +27,7 @@ from kvstore.daemon.sockets import listen_tcp
 from kvstore.errors import ConfigError, IncompatibleError, KVStoreError, PeerUnavailableError
 from kvstore.tiers.local import LocalControl
 from tests.daemon.daemon_support import SIZE, SPEC, chain, content, running, wait_until
+from tests.transport.peers_support import address_of, client_of, loaded, put, serving
 
 TIMEOUT = 20.0
 NAMESPACE = kvstore.Namespace("model", SPEC)
@@ -332,6 +333,24 @@ def test_a_daemon_serves_tls_by_its_flags(certificates: Certificates, tmp_path: 
         with kvstore.connect(address, NAMESPACE, timeout=TIMEOUT, tls=tls, token=secret) as store:
             blocks = kvstore.ContiguousBlocks(content(6, 4))
             assert store.put(chain(6, 4), blocks).wait().num_blocks == 4
+
+
+@pytest.mark.parametrize("movers", ["shm", "tcp"])
+def test_blocks_come_from_a_daemon_that_asks_for_certificates(
+    certificates: Certificates, tmp_path: Path, movers: str
+) -> None:
+    """Each shows its own. What they move between each other in bulk is not encrypted."""
+    cert, key = certificates.server
+    tls = {"tls_cert": cert, "tls_key": key, "tls_ca": certificates.ca, "movers": movers}
+    with (
+        serving(tmp_path, "holder", **tls) as holder,
+        serving(tmp_path, "fetcher", **tls) as fetcher,
+    ):
+        assert address_of(holder).startswith("tls:")
+        with client_of(holder) as store:
+            put(store, 8, 6)
+        with client_of(fetcher) as store:
+            assert loaded(store, 8, 6, [address_of(holder)]) == 6
 
 
 @pytest.mark.parametrize(

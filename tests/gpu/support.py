@@ -49,6 +49,18 @@ class Shadow:
         return device.prepare(table)
 
 
+class View:
+    """Memory of a device as CuPy and torch describe it."""
+
+    def __init__(self, address: int, shape: tuple[int, ...], typestr: str = "|u1") -> None:
+        self.__cuda_array_interface__ = {
+            "shape": shape,
+            "typestr": typestr,
+            "data": (address, False),
+            "version": 3,
+        }
+
+
 def finish(event: Event) -> None:
     assert wait_for(event, WAIT_S)
 

@@ -21,6 +21,7 @@ from kvstore import BlockHashes, ConfigError, GpuError, Store, StoreClosedError
 from kvstore.gpu import Device, DeviceBlocks, HostDevice
 from kvstore.gpu_tier import GpuTier, GpuTransfer
 from tests.gpu.fake_cuda import REGISTERED, FakeCuda
+from tests.gpu.support import View
 from tests.store_support import (
     BLOCK_BYTES,
     NAMESPACE,
@@ -48,7 +49,8 @@ class Pages:
         self._shape = shape
         layer_bytes = self.memory.num_bytes // SPEC.num_layers
         layers = [
-            _View(self.memory.address + layer * layer_bytes, shape[1:]) for layer in range(shape[0])
+            View(self.memory.address + layer * layer_bytes, shape[1:], "<f4")
+            for layer in range(shape[0])
         ]
         self.blocks = DeviceBlocks.paged(device, "vllm_nhd", layers, SPEC)
 
@@ -65,18 +67,6 @@ class Pages:
         shaped = parts.reshape(len(ids), SPEC.num_layers, 2, SPEC.block_tokens, 1, SPEC.head_dim)
         pages[:, :, np.asarray(ids, np.int64)] = np.moveaxis(shaped, 0, 2)
         self.device.write(self.memory.address, raw)
-
-
-class _View:
-    """Memory of a device, as CuPy and torch describe it."""
-
-    def __init__(self, address: int, shape: tuple[int, ...]) -> None:
-        self.__cuda_array_interface__ = {
-            "shape": shape,
-            "typestr": "<f4",
-            "data": (address, False),
-            "version": 3,
-        }
 
 
 class Setup:
@@ -323,7 +313,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(on=st.integers(0, 2), steps=st.integers(1, 6))
     def run(self, on: int, steps: int) -> None:
-        streams = [*self.streams, self.tier._out]
+        streams = [*self.streams, self.tier._pool.out]
         for _ in range(steps):
             self.device.advance(streams[on])
 
@@ -365,7 +355,7 @@ class Machine(RuleBasedStateMachine):
         hashes = self.chain(0, 8)
         load(self.store, hashes)
         assert self.tier.close(WAIT_S)
-        assert not self.tier._table._uses.any(), "every use has ended"
+        assert not self.tier._pool.table._uses.any(), "every use has ended"
         self.store.close()
 
 

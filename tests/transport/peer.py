@@ -74,8 +74,10 @@ class Peer:
     def info(self) -> EndpointInfo:
         return EndpointInfo.decode(base64.b64decode(self.ask("info")["info"]))
 
-    def register(self, num_bytes: int, *, writable: bool = False, seed: int = 0) -> RegionInfo:
-        answer = self.ask("register", bytes=num_bytes, writable=writable, seed=seed)
+    def register(
+        self, num_bytes: int, *, writable: bool = False, seed: int = 0, shared: bool = True
+    ) -> RegionInfo:
+        answer = self.ask("register", bytes=num_bytes, writable=writable, seed=seed, shared=shared)
         return msgspec.msgpack.decode(base64.b64decode(answer["region"]), type=RegionInfo)
 
     def deregister(self, region_id: int) -> bool:
@@ -124,11 +126,12 @@ class _Served:
     def info(self) -> dict[str, Any]:
         return {"info": base64.b64encode(self._endpoint.info().encode()).decode()}
 
-    def register(self, bytes: int, writable: bool, seed: int) -> dict[str, Any]:
-        memory = SharedMemory(bytes)
-        memory.array[:] = pattern(seed, bytes)
+    def register(self, bytes: int, writable: bool, seed: int, shared: bool) -> dict[str, Any]:
+        memory = SharedMemory(bytes) if shared else np.empty(bytes, np.uint8)
+        array = memory.array if isinstance(memory, SharedMemory) else memory
+        array[:] = pattern(seed, bytes)
         region = self._endpoint.register(memory, writable=writable)
-        self._regions[region.region_id] = (region, memory)
+        self._regions[region.region_id] = (region, memory, array)
         described = msgspec.msgpack.encode(self._endpoint.describe(region))
         return {"region": base64.b64encode(described).decode()}
 
@@ -136,7 +139,7 @@ class _Served:
         return {"done": self._endpoint.deregister(self._regions[region][0], timeout=1.0)}
 
     def contents(self, region: int) -> dict[str, Any]:
-        return {"sum": _native.xxh3(self._regions[region][1].array)}
+        return {"sum": _native.xxh3(self._regions[region][2])}
 
 
 def main() -> None:

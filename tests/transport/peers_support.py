@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,14 @@ import numpy.typing as npt
 import kvstore
 from kvstore.config import DaemonConfig
 from kvstore.daemon.service import Service
+from kvstore.errors import KVStoreError
+from kvstore.transport import MOVERS, Endpoint, TransportSettings
 
 SPEC = kvstore.BlockSpec(1, 1, 64, 16, "float32")
 SIZE = SPEC.block_bytes
 NAMESPACE = kvstore.Namespace("model", SPEC)
+SECONDS = 20.0
+NAMES = (*MOVERS, "frames")
 SECRET = "peers-" + "x" * 32
 
 
@@ -41,6 +46,7 @@ def serving(
         "tcp": "127.0.0.1:0",
         "http": "",
         "hold_seconds": 0.0,
+        "scrub": 0,
         "peer_token": token(home, secret),
         **settings,
     }
@@ -50,7 +56,7 @@ def serving(
 
 def address_of(service: Service) -> str:
     """Where other daemons find it."""
-    return next(address for address in service.addresses if address.startswith("tcp:"))
+    return next(one for one in service.addresses if one.startswith(("tcp:", "tls:")))
 
 
 @contextlib.contextmanager
@@ -93,3 +99,27 @@ def loaded(
 def metrics(service: Service) -> dict[str, Any]:
     found: dict[str, Any] = service.status()["metrics"]
     return found
+
+
+def works(mover: str) -> str:
+    """Why a mover does not work here; "" if it does."""
+    try:
+        Endpoint(TransportSettings(movers=(mover,))).close()
+    except (KVStoreError, ModuleNotFoundError) as error:
+        return str(error)
+    return ""
+
+
+def fetched(values: dict[str, Any]) -> dict[str, int]:
+    """Blocks that were fetched, by mover."""
+    found = {
+        name: values[f"kvstore_peer_fetched_{name}_blocks_total"] for name in (*MOVERS, "frames")
+    }
+    return {name: count for name, count in found.items() if count}
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end, "did not happen in time"
+        time.sleep(0.002)

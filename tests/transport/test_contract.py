@@ -23,8 +23,9 @@ from kvstore.transport import Batch, Endpoint, Link, Status, TransportSettings
 from tests.transport.peer import Peer, pattern
 
 SIZE = 1 << 20
-TIMEOUT = 2.0
-SLACK = 3.0  # for a loaded machine; nothing here may hang
+TIMEOUT = float(os.environ.get("TRANSPORT_TEST_TIMEOUT", "2"))
+# For a loaded machine; nothing here may hang. An emulated one needs more.
+SLACK = float(os.environ.get("TRANSPORT_TEST_SLACK", "3"))
 OK, DAMAGED, REFUSED = Status.OK, Status.DAMAGED, Status.REFUSED
 MOVERS = ["shm", "tcp", "ucx"]
 
@@ -43,8 +44,18 @@ class Pair:
         return link
 
 
+def _settings(mover: str) -> TransportSettings:
+    """By default what works on any machine; tests/rdma names devices."""
+    return TransportSettings(
+        movers=(mover,),
+        timeout=TIMEOUT,
+        ucx_tls=os.environ.get("TRANSPORT_TEST_UCX_TLS", ""),
+        ucx_devices=os.environ.get("TRANSPORT_TEST_UCX_DEVICES", ""),
+    )
+
+
 def _pair(mover: str) -> Pair:
-    wanted = TransportSettings(movers=(mover,), timeout=TIMEOUT)
+    wanted = _settings(mover)
     try:
         ours = Endpoint(wanted)
     except (KVStoreError, ModuleNotFoundError) as error:
@@ -302,7 +313,7 @@ def test_who_took_the_place_of_a_dead_peer_is_not_mistaken_for_it(mortal: Pair) 
         )
         replaced = Peer(address, stale.secret)
     else:
-        replaced = Peer(TransportSettings(movers=(mortal.mover,), timeout=TIMEOUT), stale.secret)
+        replaced = Peer(_settings(mortal.mover), stale.secret)
     try:
         replaced.register(SIZE, seed=17)
         with pytest.raises(KVStoreError):

@@ -29,11 +29,10 @@ from kvstore.daemon.service import Service
 from kvstore.errors import (
     ConfigError,
     IncompatibleError,
-    KVStoreError,
     PeerUnavailableError,
 )
 from kvstore.peers import flight
-from kvstore.transport import MOVERS, Endpoint, TransportSettings
+from kvstore.transport import MOVERS, Endpoint
 from tests.daemon.daemon_support import Daemon, clean_up
 from tests.transport.peers_support import (
     NAMESPACE,
@@ -42,26 +41,19 @@ from tests.transport.peers_support import (
     address_of,
     chain,
     client_of,
+    fetched,
     loaded,
     metrics,
     put,
     serving,
     token,
+    wait_until,
+    works,
 )
 
 SECONDS = 20.0
 SLACK = 3.0  # of a deadline, on a busy machine
 NOWHERE = "tcp:127.0.0.1:1"
-NAMES = (*MOVERS, "frames")
-
-
-def works(mover: str) -> str:
-    """Why a mover does not work here; "" if it does."""
-    try:
-        Endpoint(TransportSettings(movers=(mover,))).close()
-    except (KVStoreError, ModuleNotFoundError) as error:
-        return str(error)
-    return ""
 
 
 @pytest.fixture
@@ -92,21 +84,6 @@ def peer_address(daemon: Daemon) -> str:
 
     with Admin(daemon.address) as admin:
         return next(one for one in admin.status()["addresses"] if one.startswith("tcp:"))
-
-
-def fetched(values: dict[str, Any]) -> dict[str, int]:
-    """Blocks that were fetched, by mover."""
-    found = {
-        name: values[f"kvstore_peer_fetched_{name}_blocks_total"] for name in (*MOVERS, "frames")
-    }
-    return {name: count for name, count in found.items() if count}
-
-
-def wait_until(condition: Any) -> None:
-    end = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < end, "did not happen in time"
-        time.sleep(0.002)
 
 
 def in_mid_fetch(ours: Service, holder: Daemon, what: signal.Signals) -> threading.Thread:

@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from kvstore import Store
+from kvstore import Store, Transfer
 
 from .chains import Chain
 from .groups import Group, alignment_tokens, hit_tokens, needed_blocks
@@ -44,6 +44,8 @@ class _Lookup:
         "chain",
         "deadline",
         "done",
+        "fetches",
+        "holder",
         "limit",
         "poll_seconds",
         "tokens",
@@ -52,13 +54,21 @@ class _Lookup:
     )
 
     def __init__(
-        self, chain: Chain, limit: int, deadline: float, want: int, wait_until: float
+        self,
+        chain: Chain,
+        limit: int,
+        deadline: float,
+        want: int,
+        wait_until: float,
+        holder: str,
     ) -> None:
         self.chain = chain
         self.limit = limit
         self.deadline = deadline
         self.want = want  # 0: what is there counts
         self.wait_until = wait_until
+        self.holder = holder  # a daemon that has, or will have, what is wanted; "": ours
+        self.fetches: list[Transfer] = []  # from there, under way
         self.poll_seconds = _POLL_SECONDS_FIRST
         self.tokens: int | None = None
         self.done = threading.Event()
@@ -102,6 +112,7 @@ class Lookups:
         *,
         want_tokens: int = 0,
         wait_seconds: float = 0.0,
+        holder: str = "",
     ) -> None:
         """Start a request's lookup; one that was begun before is forgotten.
 
@@ -110,12 +121,14 @@ class Lookups:
             limit_tokens: no more are of use.
             want_tokens: wait for so many to be there,
             wait_seconds: for so long. Then what is there counts.
+            holder: a daemon from which ours shall fetch them meanwhile.
         """
         now = time.monotonic()
         # No more than `result` can be.
         want = self._whole(min(want_tokens, limit_tokens, len(chain) * chain.hash_tokens))
         wait_until = now + (wait_seconds if want else 0.0)
-        entry = _Lookup(chain, limit_tokens, wait_until + self._timeout, want, wait_until)
+        deadline = wait_until + self._timeout
+        entry = _Lookup(chain, limit_tokens, deadline, want, wait_until, holder)
         with self._lock:
             former = self._entries.get(request_id)
             if former is not None:
@@ -206,9 +219,25 @@ class Lookups:
     def _ask(self, entry: _Lookup, now: float) -> int | None:
         """Return the tokens that are there; None: fewer than wanted, and there is time left."""
         if entry.want and now < entry.wait_until and not self._has_last(entry):
+            if entry.holder:
+                self._fetch(entry)
             return None
         tokens = self._tokens(entry.chain, entry.limit)
         return tokens if tokens >= entry.want or now >= entry.wait_until else None
+
+    def _fetch(self, entry: _Lookup) -> None:
+        """Have our daemon bring what the holder has by now, unless it is at it."""
+        if not all(fetch.done() for fetch in entry.fetches):
+            return
+        entry.fetches = []
+        for group in self._groups:
+            needed = needed_blocks(group, 0, entry.want)
+            end = min(needed.stop, entry.chain.num_blocks(group))
+            if end > needed.start:
+                blocks = entry.chain.blocks(group, needed.start, end)
+                entry.fetches += [
+                    store.prefetch(blocks, holders=[entry.holder]) for store in self._stores(group)
+                ]
 
     def _has_last(self, entry: _Lookup) -> bool:
         """Whether the last wanted block of every group and rank is there: what is saved last."""

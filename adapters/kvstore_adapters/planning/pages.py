@@ -7,6 +7,7 @@ the device, see `vllm/pages.py`.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -30,13 +31,21 @@ class Pages(Protocol):
         """Copy engine blocks into the store. They must not change until this returns."""
         ...
 
-    def load(self, store: Store, chain: BlockHashes, block_ids: BlockIds, deadline: float) -> int:
+    def load(
+        self,
+        store: Store,
+        chain: BlockHashes,
+        block_ids: BlockIds,
+        deadline: float,
+        holders: Sequence[str] = (),
+    ) -> int:
         """Copy leading blocks of the store into engine blocks; return how many came.
 
         Nothing is written to engine blocks after it returned.
 
         Args:
             deadline: of `time.monotonic`; after it, at most the call under way goes on.
+            holders: daemons that may have what the store has not.
         """
         ...
 
@@ -55,7 +64,14 @@ class HostPages:
     def put(self, store: Store, chain: BlockHashes, block_ids: BlockIds) -> TransferResult:
         return store.put(chain, self._buffers, block_ids).wait()
 
-    def load(self, store: Store, chain: BlockHashes, block_ids: BlockIds, deadline: float) -> int:
+    def load(
+        self,
+        store: Store,
+        chain: BlockHashes,
+        block_ids: BlockIds,
+        deadline: float,
+        holders: Sequence[str] = (),
+    ) -> int:
         loaded = 0
         while loaded < len(chain):
             left = deadline - time.monotonic()
@@ -63,7 +79,8 @@ class HostPages:
                 break
             end = loaded + self.piece_blocks
             part = chain[loaded:end]
-            came = store.load(part, self._buffers, block_ids[loaded:end], timeout=left).wait()
+            ids = block_ids[loaded:end]
+            came = store.load(part, self._buffers, ids, timeout=left, holders=holders).wait()
             loaded += came.num_blocks
             if came.num_blocks < len(part):
                 break

@@ -51,11 +51,15 @@ class BlockMove:
 
 @dataclass(slots=True)
 class LoadJob:
-    """Load a request's blocks: all that its computed tokens then rest on, one move a group."""
+    """Load a request's blocks: all that its computed tokens then rest on, one move a group.
+
+    `holders`: daemons that may have what ours has not.
+    """
 
     request_id: str
     moves: list[BlockMove]
     is_async: bool
+    holders: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)

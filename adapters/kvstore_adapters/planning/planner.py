@@ -145,6 +145,9 @@ class Planner:
         if settings.can_load:
             want, wrong = handover.promised_tokens(transfer_params, chain, self.source)
             self._warn(wrong)
+            if want:
+                request.holder, wrong = handover.holder_of(transfer_params, settings.holders)
+                self._warn(wrong)
             self._look_up(request_id, request, want)
         if settings.can_save:
             self._set_save_at(request_id, request)
@@ -163,6 +166,7 @@ class Planner:
             limit,
             want_tokens=min(want_tokens, limit),
             wait_seconds=self._settings.pd_wait,
+            holder=request.holder,
         )
 
     def _whole(self, tokens: int) -> int:
@@ -254,7 +258,8 @@ class Planner:
             move = self._move(group, request.chain, blocks, block_ids[group.group_id])
             if len(move):
                 moves.append(move)
-        self._loads.append(LoadJob(request_id, moves, self._settings.is_async))
+        holders = (request.holder,) if request.holder else ()
+        self._loads.append(LoadJob(request_id, moves, self._settings.is_async, holders))
 
     def _move(self, group: Group, chain: Chain, blocks: range, table: BlockTable) -> BlockMove:
         """Return the move of those `blocks` that the engine has."""
@@ -380,7 +385,8 @@ class Planner:
         if not (self._settings.can_save and request.wants_params and request.saved):
             return None
         request.chain.extend(hashes)
-        return handover.describe(request.saved, request.chain, self.source)
+        holder = self._settings.holder
+        return handover.describe(request.saved, request.chain, self.source, holder)
 
     def clear(self) -> None:
         """The store was emptied, say because the weights are others now: requests that are here

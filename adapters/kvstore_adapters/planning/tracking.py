@@ -27,6 +27,7 @@ class LookupsLike(Protocol):
         *,
         want_tokens: int = 0,
         wait_seconds: float = 0.0,
+        holder: str = "",
     ) -> None: ...
     def result(self, request_id: str, wait_seconds: float = 0.0) -> int | None: ...
     def forget(self, request_id: str) -> None: ...
@@ -46,6 +47,8 @@ class PlannerSettings:
         together: what a drafter of speculative decoding wants computed anew.
     source: names our namespace in promises to other instances.
     push_targets: names that requests may use.
+    holder: where the peers of our daemon find it, for promises; "": it is not told.
+    holders: the same of other instances' daemons: those that a request may name.
     """
 
     num_ranks: int
@@ -59,6 +62,8 @@ class PlannerSettings:
     drop_blocks: int = 0
     source: str = ""
     push_targets: Collection[str] = ()
+    holder: str = ""
+    holders: Collection[str] = ()
 
 
 @dataclass(slots=True)
@@ -93,6 +98,7 @@ class TrackedRequest:
         "chain",
         "failures",
         "found",
+        "holder",
         "is_counted",
         "is_failed",
         "load_limit",
@@ -117,5 +123,6 @@ class TrackedRequest:
         self.is_failed = False  # its last load
         self.failures = 0
         self.push_to = ""
+        self.holder = ""  # a daemon that was promised to have its blocks
         self.wants_params = False
         self.is_counted = False

@@ -174,15 +174,17 @@ class Transfers:
             for move in load.job.moves:
                 if not self._is_useful(load.job, arrived):
                     break
-                arrived.append(self._load_move(move, load.deadline, counted))
+                arrived.append(self._load_move(load.job, move, load.deadline, counted))
         except Exception as error:  # noqa: BLE001  a cache that fails is a miss
             self._notices.warn("blocks were not loaded", f"{type(error).__name__}: {error}")
         counted.load_seconds = time.monotonic() - began
         return self._outcome(load.job, arrived), counted
 
-    def _load_move(self, move: BlockMove, deadline: float, counted: TransferCounters) -> int:
+    def _load_move(
+        self, job: LoadJob, move: BlockMove, deadline: float, counted: TransferCounters
+    ) -> int:
         pages, store = self._pages[move.group_id], self._stores(move.group_id)
-        count = pages.load(store, move.chain(), move.block_ids, deadline)
+        count = pages.load(store, move.chain(), move.block_ids, deadline, job.holders)
         counted.load_blocks += count
         counted.load_bytes += count * pages.block_bytes
         return count

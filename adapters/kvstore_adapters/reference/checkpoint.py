@@ -106,6 +106,13 @@ class Checkpoint:
     weights: dict[str, torch.Tensor]
     directory: Path | None = None
 
+    def on(self, device: str) -> Checkpoint:
+        """The same with its weights on a device of torch's."""
+        if device == "cpu":
+            return self
+        weights = {name: tensor.to(device) for name, tensor in self.weights.items()}
+        return Checkpoint(self.config, weights, self.directory)
+
     def fingerprint(self) -> str:
         """SHA-256 over the configuration and every weight: names the model where nothing else does.
         Reads them all.

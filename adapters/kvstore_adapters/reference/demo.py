@@ -2,7 +2,7 @@
 
 The same requests colocated, disaggregated, and with engines on a daemon's cache: cold, warm, in a
 second engine, after kill -9 of the engines, after kill -9 of the daemon, and from SSD alone. Tokens
-must be the same every time.
+must be the same every time. With --transport, see `demo_handoff`.
 """
 
 from __future__ import annotations
@@ -10,16 +10,29 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from kvstore import ConfigError
 
+from .demo_handoff import (
+    DIRECTIONS,
+    HandoffDemoSettings,
+    handoff_report,
+    handoff_table,
+    run_handoff_demo,
+)
 from .demo_report import DemoRun, report, table
 from .demo_runs import DemoSettings, run_demo
 from .messages import ModelSource
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+_Runs = TypeVar("_Runs")
 
 # So that the demo ends in about a minute on two cores.
 DOCUMENT_TOKENS = {"nano": 1024, "tiny": 4096, "small": 1024, "medium": 256}
@@ -67,6 +80,30 @@ def command(  # noqa: PLR0913 - one argument an option
     layerwise: Annotated[
         bool, typer.Option("--layerwise", help="Save KV layer by layer beside the forward.")
     ] = False,
+    transport: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MOVER",
+            help="Hand KV off from pool to pool instead, by shm, tcp, ucx or auto; no daemon.",
+        ),
+    ] = None,
+    hosts: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="With --transport: 2: prefill and decode workers in a network namespace each"
+            " (needs root and iproute2).",
+        ),
+    ] = 1,
+    handoff: Annotated[
+        str, typer.Option(metavar="HOW", help="With --transport: push, pull or both.")
+    ] = "both",
+    kill_prefill: Annotated[
+        bool,
+        typer.Option(
+            "--kill-prefill", help="With --transport: kill a prefill worker in mid-transfer too."
+        ),
+    ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     plot: Annotated[
         Path | None, typer.Option(metavar="PNG", help="Draw the runs into a picture.")
@@ -79,6 +116,25 @@ def command(  # noqa: PLR0913 - one argument an option
     _check_surroundings(model, ssd, plot)
     if document_tokens is None and model is None:
         document_tokens = DOCUMENT_TOKENS.get(size)
+    if transport is not None:
+        if connect or kill_daemon or ssd is not None or plot is not None or layerwise:
+            raise ConfigError("transport: there is no daemon, ssd, plot or layerwise with it")
+        handed = HandoffDemoSettings(
+            ModelSource(model, size, seed),
+            transport,
+            hosts,
+            DIRECTIONS if handoff == "both" else (handoff,),
+            kill_prefill,
+            requests,
+            prefill_workers,
+            decode_workers,
+            max_new_tokens,
+            document_tokens or None,
+        )
+        _show_handoffs(handed, json_output)
+        return
+    if hosts != 1 or handoff != "both" or kill_prefill:
+        raise ConfigError("hosts, handoff, kill_prefill: only with transport")
     settings = DemoSettings(
         ModelSource(model, size, seed),
         requests,
@@ -92,18 +148,33 @@ def command(  # noqa: PLR0913 - one argument an option
         kill_daemon,
         layerwise,
     )
-    runs = _run_with_progress(settings)
+    runs = _with_progress(lambda show: run_demo(settings, show))
     result = report(runs)
+    _print(result, lambda: table(runs, result), json_output)
+    if plot is not None:
+        from .demo_plot import draw
+
+        draw(runs, plot)
+    _end(runs, result)
+
+
+def _show_handoffs(settings: HandoffDemoSettings, json_output: bool) -> None:
+    runs = _with_progress(lambda show: run_handoff_demo(settings, show))
+    result = handoff_report(settings, runs)
+    _print(result, lambda: handoff_table(runs, result), json_output)
+    _end([each.run for each in runs], result)
+
+
+def _print(result: dict[str, Any], shown: Callable[[], Group], json_output: bool) -> None:
     if json_output:
         sys.stdout.write(json.dumps(result) + "\n")
     else:
         from rich.console import Console
 
-        Console().print(table(runs, result))
-    if plot is not None:
-        from .demo_plot import draw
+        Console().print(shown())
 
-        draw(runs, plot)
+
+def _end(runs: list[DemoRun], result: dict[str, Any]) -> None:
     for run in runs:
         for request in run.result.requests:
             if request.error is not None:
@@ -125,7 +196,7 @@ def _check_surroundings(model: str | None, ssd: Path | None, plot: Path | None) 
         raise ConfigError(f"ssd: {ssd} is not a directory")
 
 
-def _run_with_progress(settings: DemoSettings) -> list[DemoRun]:
+def _with_progress(run: Callable[[Callable[[str, int, int], None]], _Runs]) -> _Runs:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -145,7 +216,7 @@ def _run_with_progress(settings: DemoSettings) -> list[DemoRun]:
         def show(name: str, done: int, total: int) -> None:
             progress.update(bar, description=name, completed=done, total=total)
 
-        return run_demo(settings, show)
+        return run(show)
 
 
 def _require(package: str, extra: str) -> None:

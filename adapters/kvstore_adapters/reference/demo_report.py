@@ -96,26 +96,26 @@ def report(runs: list[DemoRun]) -> dict[str, Any]:
     ttft = {figure: by_name[name].ttft_ms for figure, name in WARM.items() if name in by_name}
     disaggregated, colocated = by_name[Name.PD], by_name[Name.COLOCATED]
     figures = [
-        _figure("tokens_identical", identical, "bool"),
-        _figure("ttft_cold_ms", cold.ttft_ms, "ms", disaggregated.ttft_ms, "pd without cache"),
-        *(_figure(name, ms, "ms", cold.ttft_ms, "ttft_cold_ms") for name, ms in ttft.items()),
-        _figure("tpot_ms", cold.tpot_ms, "ms", colocated.tpot_ms, "colocated"),
-        _figure("ttft_colocated_ms", colocated.ttft_ms, "ms"),
-        _figure("ttft_pd_ms", disaggregated.ttft_ms, "ms", colocated.ttft_ms, "colocated"),
-        *(_figure(f"hit_ratio_{tier}", value, "ratio") for tier, value in hit_ratio.items()),
-        _figure("bytes_moved", moved, "bytes"),
+        figure("tokens_identical", identical, "bool"),
+        figure("ttft_cold_ms", cold.ttft_ms, "ms", disaggregated.ttft_ms, "pd without cache"),
+        *(figure(name, ms, "ms", cold.ttft_ms, "ttft_cold_ms") for name, ms in ttft.items()),
+        figure("tpot_ms", cold.tpot_ms, "ms", colocated.tpot_ms, "colocated"),
+        figure("ttft_colocated_ms", colocated.ttft_ms, "ms"),
+        figure("ttft_pd_ms", disaggregated.ttft_ms, "ms", colocated.ttft_ms, "colocated"),
+        *(figure(f"hit_ratio_{tier}", value, "ratio") for tier, value in hit_ratio.items()),
+        figure("bytes_moved", moved, "bytes"),
     ]
     return {
         "commit": commit(),
         "machine": machine(),
         "figures": figures,
         "tokens_identical": identical,
-        "ttft_cold_ms": _number(cold.ttft_ms),
-        **{name: _number(ttft.get(name)) for name in WARM},
-        "tpot_ms": _number(cold.tpot_ms),
+        "ttft_cold_ms": number(cold.ttft_ms),
+        **{name: number(ttft.get(name)) for name in WARM},
+        "tpot_ms": number(cold.tpot_ms),
         "hit_ratio": hit_ratio,
         "bytes_moved": moved,
-        "runs": [_run(run) for run in runs],
+        "runs": [run_figures(run) for run in runs],
     }
 
 
@@ -141,7 +141,7 @@ def _hit_ratio(counters: list[TransferCounters]) -> dict[str, float]:
     return {tier: count / max(1, queried) for tier, count in blocks.items()}
 
 
-def _figure(
+def figure(
     name: str,
     value: float | bool,
     unit: str,
@@ -152,24 +152,24 @@ def _figure(
     ratio = theirs / value if theirs is not None and value else None
     return {
         "name": name,
-        "value": value if isinstance(value, bool) else _number(value),
+        "value": value if isinstance(value, bool) else number(value),
         "unit": unit,
-        "ratio": _number(ratio),
+        "ratio": number(ratio),
         "against": against,
     }
 
 
-def _run(run: DemoRun) -> dict[str, Any]:
+def run_figures(run: DemoRun) -> dict[str, Any]:
     store = run.result.store
     return {
         "name": run.name,
         "mode": run.mode.value,
-        "wall_s": _number(run.result.wall_s),
-        "ttft_ms": _number(run.ttft_ms),
-        "tpot_ms": _number(run.tpot_ms),
-        "latency_ms": _number(run.latency_ms),
-        "output_tokens_per_s": _number(run.output_tokens_per_s),
-        "prompt_tokens_per_s": _number(run.prompt_tokens_per_s),
+        "wall_s": number(run.result.wall_s),
+        "ttft_ms": number(run.ttft_ms),
+        "tpot_ms": number(run.tpot_ms),
+        "latency_ms": number(run.latency_ms),
+        "output_tokens_per_s": number(run.output_tokens_per_s),
+        "prompt_tokens_per_s": number(run.prompt_tokens_per_s),
         "hit_ratio": run.hit_ratio,
         "bytes_loaded": run.bytes_loaded,
         "bytes_saved": run.bytes_saved,
@@ -185,9 +185,9 @@ def _request(request: RequestResult) -> dict[str, Any]:
         "id": request.request_id,
         "prompt_tokens": request.prompt_tokens,
         "output_tokens": len(request.token_ids),
-        "ttft_ms": _number(request.ttft_s * 1e3),
-        "tpot_ms": _number(request.tpot_s * 1e3),
-        "latency_ms": _number(request.latency_s * 1e3),
+        "ttft_ms": number(request.ttft_s * 1e3),
+        "tpot_ms": number(request.tpot_s * 1e3),
+        "latency_ms": number(request.latency_s * 1e3),
         "prefill_cached_tokens": request.prefill_cached_tokens,
         "decode_cached_tokens": request.decode_cached_tokens,
         "retries": request.retries,
@@ -230,9 +230,9 @@ def table(runs: list[DemoRun], result: dict[str, Any]) -> Group:
             kv.add_row(
                 run.name,
                 *(f"{ratio[name]:.1%}" for name in ("cpu", "ssd", "missed")),
-                _mebibytes(run.bytes_loaded),
-                _mebibytes(run.bytes_saved),
-                _mebibytes(run.result.store.get("kvstore_ssd_read_bytes_total", 0)),
+                mebibytes(run.bytes_loaded),
+                mebibytes(run.bytes_saved),
+                mebibytes(run.result.store.get("kvstore_ssd_read_bytes_total", 0)),
             )
     by_name = {run.name: run for run in runs}
     cold = by_name[Name.COLD].ttft_ms
@@ -249,7 +249,7 @@ def table(runs: list[DemoRun], result: dict[str, Any]) -> Group:
     return Group(times, kv, Text(text, style="green" if same else "bold red"))
 
 
-def _mebibytes(size: float) -> str:
+def mebibytes(size: float) -> str:
     return f"{size / (1 << 20):.1f}"
 
 
@@ -258,7 +258,7 @@ def _mean_ms(seconds: Iterable[float]) -> float:
     return fmean(known) * 1e3 if known else math.nan
 
 
-def _number(value: float | None) -> float | None:
+def number(value: float | None) -> float | None:
     """JSON has no NaN; four digits are more than a run can be trusted for."""
     if value is None or not math.isfinite(value):
         return None

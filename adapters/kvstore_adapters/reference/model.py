@@ -208,9 +208,12 @@ def new_pool(
     num_pages: int,
     page_tokens: int,
     allocate: Callable[[int], Bytes] = new_bytes,
+    device: str = "cpu",
 ) -> Tensor:
-    """A pool of zeros, in memory that `allocate` gives: so many bytes, all zero."""
+    """A pool of zeros; on the CPU in memory that `allocate` gives: so many bytes, all zero."""
     shape = (num_pages, config.layers, 2, page_tokens, config.kv_heads, config.head_dim)
+    if device != "cpu":
+        return torch.zeros(shape, dtype=config.dtype, device=device)
     memory = allocate(math.prod(shape) * config.dtype.itemsize)
     return torch.from_numpy(memory).view(config.dtype).view(shape)
 

@@ -27,11 +27,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from kvstore import ConfigError, KVStoreError, Store
-from kvstore.transport.handoff import HandoffCounters
 
+from .cluster_counting import ask, what_moved
 from .cluster_settings import ClusterSettings, Mode
 from .cluster_store import open_hosts, open_store
-from .counters import TransferCounters
 from .messages import (
     Attach,
     Attached,
@@ -45,14 +44,13 @@ from .messages import (
     Ready,
     Refused,
     Relay,
-    Report,
     Setup,
     Submit,
     Tokens,
 )
 from .results import Prompt, RequestResult, RunResult
 from .routes import Job, Routes
-from .worker_handle import SEND_SECONDS_MAX, Role, WorkerProcess
+from .worker_handle import Role, WorkerProcess
 
 if TYPE_CHECKING:
     from kvstore.bench.two_hosts import TwoHosts
@@ -79,7 +77,8 @@ class Cluster:
         self.store: Store | None = None
         self.hosts: TwoHosts | None = None
         self.model: Ready
-        self.on_relay: Callable[[WorkerProcess, Relay], None] = lambda source, relay: None
+        # Sees what hand-offs say before it is passed on; False: it is lost.
+        self.on_relay: Callable[[WorkerProcess, Relay], bool] = lambda source, relay: True
         self._routes = Routes()
         self._stack = ExitStack()
         self._selector = selectors.DefaultSelector()
@@ -177,25 +176,10 @@ class Cluster:
             self._next_of(list(session))
         while self._jobs:
             self._step()
-        result = RunResult(
-            self._finished,
-            time.monotonic() - self._began_s,
-            prefill=TransferCounters(),
-            decode=TransferCounters(),
-            store={},
-        )
-        # What a worker that died had counted is not known.
-        for worker, after in self._counters().items():
-            since = before.get(worker, Counters(TransferCounters(), True, HandoffCounters()))
-            moved = after.counters - since.counters
-            if worker.role is Role.DECODE:
-                result.decode += moved
-            else:
-                result.prefill += moved
-            result.handoff += after.handoff - since.handoff
-        after_store = self._store_counters()
-        result.store = {name: value - stored.get(name, 0) for name, value in after_store.items()}
-        return result
+        wall_s = time.monotonic() - self._began_s
+        prefill, decode, handoff = what_moved(before, self._counters())
+        store = {name: n - stored.get(name, 0) for name, n in self._store_counters().items()}
+        return RunResult(self._finished, wall_s, prefill, decode, store, handoff)
 
     def _step(self) -> None:
         """Handle what arrives until the next deadline."""
@@ -227,7 +211,8 @@ class Cluster:
                 self._finish(job, message.reason)
 
     def _pass_on(self, source: WorkerProcess, relay: Relay) -> None:
-        self.on_relay(source, relay)
+        if not self.on_relay(source, relay):
+            return
         target = self._routes.target(source, relay)
         if target is not None and target.alive and not target.send(relay):
             self._lose(target)
@@ -378,24 +363,7 @@ class Cluster:
     # --- counting
 
     def _counters(self) -> dict[WorkerProcess, Counters]:
-        """What each worker that answers says of itself."""
-        reports: dict[WorkerProcess, Counters] = {}
-        asked = {worker for worker in self.workers if worker.alive and worker.send(Report())}
-        deadline = time.monotonic() + SEND_SECONDS_MAX
-        while asked and (ready := self._selector.select(max(0.0, deadline - time.monotonic()))):
-            for key, _ in ready:
-                worker: WorkerProcess = key.data
-                messages = worker.receive()
-                if messages is None:
-                    self._lose(worker)
-                    asked.discard(worker)
-                for message in messages or ():
-                    if isinstance(message, Relay):
-                        self._pass_on(worker, message)
-                    elif isinstance(message, Counters) and worker in asked:
-                        asked.remove(worker)
-                        reports[worker] = message
-        return reports
+        return ask(self.workers, self._selector, self._pass_on, self._lose)
 
     def wait_for_store(self, timeout: float) -> bool:
         """Wait until every worker reaches the store; return whether they all do.

@@ -48,6 +48,7 @@ class WorkerSettings:
     num_pages: int = 1024
     batch_tokens_max: int = 512
     sequences_max: int = 16
+    device: str = "cpu"  # of weights and pool, in torch's words: "cuda", "cuda:1"
 
     def __post_init__(self) -> None:
         for name in ("page_tokens", "num_pages", "sequences_max"):

@@ -59,7 +59,7 @@ class _LayerMissingError(Exception):
 class ReferenceWorker:
     """Call `step` while `has_work`; after one that stalled, when there is news. Not thread-safe.
 
-    `allocate` gives the KV pool's memory.
+    `allocate` gives the KV pool's memory where that is the CPU's.
     """
 
     def __init__(
@@ -74,8 +74,9 @@ class ReferenceWorker:
         self._transfer = transfer or NoTransfer()
         self._clock = clock
         settings = self._settings
-        pool = new_pool(checkpoint.config, settings.num_pages, settings.page_tokens, allocate)
-        self._model = Model(checkpoint, pool)
+        sizes = (settings.num_pages, settings.page_tokens)
+        pool = new_pool(checkpoint.config, *sizes, allocate, settings.device)
+        self._model = Model(checkpoint.on(settings.device), pool)
         self._scheduler = Scheduler(self._settings, self._transfer)
         self._sequences: dict[str, Sequence] = {}
         self._transfer.attach(pool, self._scheduler.pages)

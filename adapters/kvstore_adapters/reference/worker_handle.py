@@ -54,6 +54,7 @@ class WorkerProcess:
         command: Callable[..., list[str]] = lambda *arguments: [*arguments],
     ) -> None:
         self.role = role
+        self.index = index
         self.name = f"worker {index}" if role is Role.BOTH else f"{role.value} worker {index}"
         self.jobs: dict[str, Job] = {}
         self.prepared: dict[str, Job] = {}

@@ -9,6 +9,7 @@ receive into host memory. SGLang does the same for its own
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from kvstore.config_sources import choose_sglang_transfer, is_sglang_transfer_chosen
@@ -44,6 +45,7 @@ def _choose(arguments: Any) -> None:
     _replace()
 
 
+@functools.cache
 def _replace() -> None:
     """In the processes that move KV; and in their parent, which costs little."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
@@ -51,8 +53,6 @@ def _replace() -> None:
     from kvstore_adapters.sglang.host_receive import HostReceiveManager, HostReceiver
     from kvstore_adapters.sglang.transfer import KVStoreTransfer
 
-    if _TRANSFER in HookRegistry._patched:
-        return
     HookRegistry.register(_TRANSFER, KVStoreTransfer, HookType.REPLACE)
     HookRegistry.register(_MANAGER, HostReceiveManager, HookType.REPLACE)
     HookRegistry.register(_RECEIVER, HostReceiver, HookType.REPLACE)

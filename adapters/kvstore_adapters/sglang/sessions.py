@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore import DeadlineExceededError, IncompatibleError, PeerUnavailableError
-from kvstore.transport import Batch, Endpoint, Link, Status, checksums_of
+from kvstore.transport import Batch, Endpoint, Link, RegionInfo, Status, checksums_of
 from kvstore_adapters.sglang.address_map import Addresses, AddressMap
 
 Statuses = npt.NDArray[np.uint8]
@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 # What another attempt, over a new link, can put right: a link that broke while nobody used it, a
 # region that has become another. A peer that is late is not asked for more.
 _WORTH_ANOTHER = (Status.DAMAGED, Status.REFUSED, Status.LOST)
+_CONNECT_SECONDS = 5.0
 _CLOSE_SECONDS = 1.0
 
 
@@ -47,6 +48,7 @@ class Session:
         self._movers = movers
         self._lock = threading.Lock()
         self._link: Link | None = None
+        self._regions: list[RegionInfo] = []
         self._map = AddressMap(())
         self._closed = False
 
@@ -113,20 +115,30 @@ class Session:
             if link is None or not link.is_alive:
                 link = self._connect(deadline)
             elif (self._map.find(peer_addresses, lengths) < 0).any():
-                link.close(_CLOSE_SECONDS)
-                link = self._connect(deadline)
+                link = self._refreshed(link, deadline)
             return link, self._map
+
+    def _refreshed(self, link: Link, deadline: float) -> Link:
+        """Learn what the peer registered since. Others use the link meanwhile, so it is kept."""
+        info = self._endpoint.info_of(self.session_id, self._secret, _left(deadline))
+        if info.epoch != link.peer.epoch:
+            return self._connect(deadline)
+        known = {region.region_id for region in self._regions}
+        for region in info.regions:
+            if region.region_id not in known:
+                link.add_region(region)
+        self._regions = info.regions
+        self._map = AddressMap(info.regions)
+        return link
 
     def _connect(self, deadline: float) -> Link:
         if self._closed:
             raise PeerUnavailableError(f"{self.session_id}: given up")
-        timeout = deadline - time.monotonic()
-        if timeout <= 0:
-            raise DeadlineExceededError(f"{self.session_id}: no time left to connect")
         link = self._endpoint.connect_to(
-            self.session_id, self._secret, movers=self._movers, timeout=min(timeout, 5.0)
+            self.session_id, self._secret, movers=self._movers, timeout=_left(deadline)
         )
-        self._map = AddressMap(link.peer.regions)
+        self._regions = link.peer.regions
+        self._map = AddressMap(self._regions)
         self._link = link
         log.info(
             "hand-off to %s by %s (%s), %d regions",
@@ -143,6 +155,18 @@ class Session:
             if self._link is link:
                 self._link = None
         return link.close(_CLOSE_SECONDS)
+
+
+def _left(deadline: float) -> float:
+    """Seconds that asking the peer may take.
+
+    Raises:
+        DeadlineExceededError: none are left.
+    """
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise DeadlineExceededError("no time left to ask the peer")
+    return min(left, _CONNECT_SECONDS)
 
 
 def _write(link: Link, regions: AddressMap, batch: Batch, deadline: float) -> Statuses:

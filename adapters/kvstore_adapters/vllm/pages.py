@@ -217,7 +217,14 @@ class StagedPages:
                 setattr(total, f"num_{name}", count)
         return total
 
-    def load(self, store: Store, chain: BlockHashes, block_ids: BlockIds, deadline: float) -> int:
+    def load(
+        self,
+        store: Store,
+        chain: BlockHashes,
+        block_ids: BlockIds,
+        deadline: float,
+        holders: Sequence[str] = (),
+    ) -> int:
         loaded = 0
         while loaded < len(chain):
             end = loaded + self._batch
@@ -226,7 +233,8 @@ class StagedPages:
                 left = deadline - time.monotonic()  # another load may have had its turn first
                 if left <= 0:
                     break
-                came = store.load(part, self._load.buffers, timeout=left).wait().num_blocks
+                done = store.load(part, self._load.buffers, timeout=left, holders=holders).wait()
+                came = done.num_blocks
                 self._scatter(self._load, block_ids[loaded : loaded + came])
             loaded += came
             if came < len(part):

@@ -72,6 +72,8 @@ class SchedulerSide:
                 drop_blocks=drop_blocks,
                 source=_source(namespaces),
                 push_targets=tuple(settings.push_targets),
+                holder=settings.holder,
+                holders=settings.holders,
             ),
         )
         events = vllm_config.kv_events_config

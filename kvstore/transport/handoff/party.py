@@ -85,7 +85,8 @@ def piece_lengths(layout: Layout, num_pages: int) -> U64:
 
 def checksums_of(addresses: U64, lengths: U64) -> U64:
     sums = np.empty(len(addresses), np.uint64)
-    for size in np.unique(lengths).tolist():
+    # Not np.unique, whose first call imports for longer than all the rest takes.
+    for size in set(lengths.tolist()):
         chosen = lengths == size
         part = np.empty(int(np.count_nonzero(chosen)), np.uint64)
         _native.checksum_blocks(np.ascontiguousarray(addresses[chosen]), size, part)

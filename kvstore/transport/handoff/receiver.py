@@ -307,7 +307,7 @@ class Receiver:
     def _finish(self, read: _Read) -> list[HandoffMessage]:
         statuses = read.move.wait()
         ready = read.ready
-        worst = {Status(int(status)) for status in np.unique(statuses)} - {Status.OK}
+        worst = {Status(status) for status in set(statuses.tolist())} - {Status.OK}
         out: list[HandoffMessage] = []
         if worst & set(UNSETTLED):
             self._must_close = True

@@ -239,7 +239,7 @@ class Sender:
     def _finish(self, write: _Write) -> list[HandoffMessage]:
         statuses = write.move.wait()
         part = write.part
-        worst = {Status(int(status)) for status in np.unique(statuses)} - {Status.OK}
+        worst = {Status(status) for status in set(statuses.tolist())} - {Status.OK}
         if worst & set(UNSETTLED):
             self._must_close = True
             if write.first_slot is not None:

@@ -70,6 +70,7 @@ class Lookups:
         *,
         want_tokens: int = 0,
         wait_seconds: float = 0.0,
+        holder: str = "",
     ) -> None:
         assert limit_tokens > 0
         assert 0 <= want_tokens <= limit_tokens

@@ -37,6 +37,7 @@ class Lookups:
         *,
         want_tokens: int = 0,
         wait_seconds: float = 0.0,
+        holder: str = "",
     ) -> None:
         self.begun.append(
             {
@@ -44,6 +45,7 @@ class Lookups:
                 "limit": limit_tokens,
                 "want": want_tokens,
                 "hashes": len(chain),
+                "holder": holder,
             }
         )
 
@@ -259,7 +261,8 @@ def test_a_preempted_request_is_looked_up_with_what_it_generated() -> None:
     bench.planner.step([], preempted=["a"])
     bench.lookups.found = 96
     assert bench.match(100) == 96
-    assert bench.lookups.begun[-1] == {"request": "a", "limit": 100, "want": 0, "hashes": 6}
+    begun = bench.lookups.begun[-1]
+    assert begun == {"request": "a", "limit": 100, "want": 0, "hashes": 6, "holder": ""}
 
 
 def test_a_request_preempted_and_admitted_again_at_once_keeps_its_load() -> None:
@@ -460,7 +463,8 @@ def test_a_prefill_says_what_it_saved_and_a_decode_waits_for_it() -> None:
     assert params == {"kvstore": {"tokens": 64, "hash": HASHES[3].hex(), "source": SOURCE}}
     decode = Bench()
     decode.arrive(70, params)
-    assert decode.lookups.begun == [{"request": "a", "limit": 70, "want": 64, "hashes": 4}]
+    (begun,) = decode.lookups.begun
+    assert begun == {"request": "a", "limit": 70, "want": 64, "hashes": 4, "holder": ""}
 
 
 def test_who_does_not_hand_over_is_told_nothing() -> None:

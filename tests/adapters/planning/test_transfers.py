@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -251,7 +251,14 @@ class InterruptedPages(HostPages):
         super().__init__(ContiguousBlocks(rows))
         self.interrupt = interrupt
 
-    def load(self, store: Store, chain: BlockHashes, block_ids: BlockIds, deadline: float) -> int:
+    def load(
+        self,
+        store: Store,
+        chain: BlockHashes,
+        block_ids: BlockIds,
+        deadline: float,
+        holders: Sequence[str] = (),
+    ) -> int:
         half = len(chain) // 2
         count = super().load(store, chain[:half], block_ids[:half], deadline)
         if count < half:
@@ -328,7 +335,14 @@ class SlowPages:
         self.load(store, chain, block_ids, 0.0)
         return TransferResult(len(chain), num_stored=len(chain))
 
-    def load(self, store: Store, chain: BlockHashes, block_ids: BlockIds, deadline: float) -> int:
+    def load(
+        self,
+        store: Store,
+        chain: BlockHashes,
+        block_ids: BlockIds,
+        deadline: float,
+        holders: Sequence[str] = (),
+    ) -> int:
         with self.lock:
             self.num_running += 1
         self.may_end.acquire()

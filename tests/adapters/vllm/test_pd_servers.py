@@ -1,7 +1,8 @@
 """Prefill and decode on two real OpenAI servers, the example's proxy before them, and daemons:
 what comes through the proxy equals what one engine generates, and the decode server loaded the
-prompt's KV in place of computing it. Pull: both servers use one daemon. Push: the decode server's
-daemon is another one, into which the prefill server puts the KV as well.
+prompt's KV in place of computing it. Pull: both servers use one daemon, or the decode server's
+daemon fetches from the prefill server's. Push: the decode server's daemon is another one, into
+which the prefill server puts the KV as well.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from kvstore.admin import Admin
 from kvstore.bench.helpers import free_port
 from tests.adapters.vllm import support
 from tests.adapters.vllm.conftest import Reference
@@ -25,14 +27,22 @@ from tests.daemon.daemon_support import Daemon, running
 pytestmark = [*support.pytestmark, pytest.mark.slow]
 
 PROMPTS = support.prompts()
+PORT = free_port()
+HOLDER = f"tcp:127.0.0.1:{PORT}"  # where the decode server's daemon finds the prefill server's
 
 
 @pytest.fixture(scope="module")
 def daemons(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Daemon, Daemon]]:
     """The prefill server's and another."""
+    secret = tmp_path_factory.mktemp("secret") / "peers"
+    secret.touch(0o600)
+    secret.write_text("peers-" + "x" * 32)
+    peers = ("--peer-token", str(secret))
     with (
-        running(tmp_path_factory.mktemp("p"), *support.DAEMON) as first,
-        running(tmp_path_factory.mktemp("d"), *support.DAEMON) as second,
+        running(
+            tmp_path_factory.mktemp("p"), *support.DAEMON, *peers, "--tcp", f"127.0.0.1:{PORT}"
+        ) as first,
+        running(tmp_path_factory.mktemp("d"), *support.DAEMON, *peers) as second,
     ):
         yield first, second
 
@@ -43,7 +53,7 @@ def prefill(
 ) -> Iterator[ServerProcess]:
     ours, other = daemons
     config = support.transfer_config(
-        ours.address, "kv_producer", push_targets={"decode": other.address}
+        ours.address, "kv_producer", push_targets={"decode": other.address}, holder=HOLDER
     )
     log = tmp_path_factory.mktemp("prefill") / "log"
     with ServerProcess(model, log, config) as server:
@@ -55,7 +65,7 @@ def decoding(
     model: Path, daemon: Daemon, prefill: str, log: Path, *flags: str
 ) -> Iterator[tuple[str, ServerProcess]]:
     """A decode server on that daemon, and the address of a proxy in front of both."""
-    config = support.transfer_config(daemon.address, "kv_consumer")
+    config = support.transfer_config(daemon.address, "kv_consumer", holders=[HOLDER])
     port = free_port()
     script = str(support.ROOT / "examples" / "vllm_pd_proxy.py")
     with ServerProcess(model, log, config) as decode:
@@ -82,6 +92,24 @@ def test_pull(
         streamed = "".join(stream(proxy, PROMPTS[0]))
         assert streamed == support.complete(proxy, PROMPTS[0])["choices"][0]["text"]
         assert chat(proxy) == chat(prefill.address)
+
+
+def test_pull_from_the_daemon_of_the_prefill_server(
+    model: Path,
+    daemons: tuple[Daemon, Daemon],
+    prefill: ServerProcess,
+    reference: Reference,
+    tmp_path: Path,
+) -> None:
+    prompts = support.prompts(seed=3)
+    with decoding(model, daemons[1], prefill.address, tmp_path / "log") as (proxy, decode):
+        found = [support.completed_tokens(support.complete(proxy, prompt)) for prompt in prompts]
+        assert found == reference(prompts)
+        blocks = support.full_blocks(prompts)
+        assert decode.external_hits() == blocks * BLOCK_TOKENS
+        with Admin(daemons[1].address) as admin:
+            values = admin.status()["metrics"]
+        assert values["kvstore_peer_fetched_shm_blocks_total"] == blocks
 
 
 def test_push(

@@ -604,6 +604,22 @@ CUresult CUDAAPI cuPointerGetAttribute(void *data, CUpointer_attribute attribute
     ENTER("cuPointerGetAttribute");
     std::uintptr_t base = 0;
     const Allocation *found = AllocationAt(pointer, 1, &base);
+    const bool is_start = attribute == CU_POINTER_ATTRIBUTE_RANGE_START_ADDR;
+    if (is_start || attribute == CU_POINTER_ATTRIBUTE_RANGE_SIZE) {
+        std::uintptr_t begin = base;
+        std::size_t bytes = found != nullptr ? found->bytes : 0;
+        for (const auto &[at, range] : registered) {
+            if (Within(at, range.bytes, pointer, 1)) begin = at, bytes = range.bytes;
+        }
+        for (const auto &[name, memory] : opened) {
+            if (Within(memory.address, memory.bytes, pointer, 1)) {
+                begin = memory.address, bytes = memory.bytes;
+            }
+        }
+        if (bytes == 0) return CUDA_ERROR_INVALID_VALUE;
+        *static_cast<std::uint64_t *>(data) = is_start ? begin : bytes;
+        return CUDA_SUCCESS;
+    }
     if (found == nullptr) return CUDA_ERROR_INVALID_VALUE;
     switch (attribute) {
         case CU_POINTER_ATTRIBUTE_MEMORY_TYPE:
