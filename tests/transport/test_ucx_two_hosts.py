@@ -73,6 +73,7 @@ def test_a_cut_cable_ends_a_move_within_the_timeout(two_hosts: TwoHosts) -> None
             stdout=subprocess.PIPE,
             stderr=sys.stderr,
         ) as reader:
+            assert reader.stdout is not None
             assert reader.stdout.readline() == b"reading\n"
             two_hosts.cut()
             said = json.loads(reader.stdout.readline())
