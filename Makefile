@@ -106,7 +106,7 @@ sanitize: $(BUILT)
 	cd $(SANITIZED) && KVSTORE_SANITIZE=address,undefined $(abspath $(BIN))/python setup.py -q build_ext --inplace
 	cd $(SANITIZED) && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
 	  ASAN_OPTIONS=detect_leaks=0:log_path=found UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1:log_path=found PYTHONPATH=.:adapters \
-	  $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider --timeout 600 --ignore tests/unit/test_deploy.py tests/unit tests/property tests/contract \
+	  $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider --timeout 600 --ignore tests/unit/test_deploy.py tests/unit tests/property tests/contract tests/transport/test_bulk.py tests/transport/test_contract.py \
 	  || { head -n 60 found.*; exit 1; }
 	$(call objects,build/tsan,$(CXX) $(TSAN_FLAGS))
 	for t in csrc/tests/*_test.cc; do echo "tsan $$t"; \
