@@ -36,7 +36,10 @@ demo: $(TORCHED)
 test: $(TORCHED)
 	$(BIN)/python -m pytest $(ARGS)
 
-# With the suites that kill writers and shut file systems down (some need root).
+# With the suites that kill writers and shut file systems down (some need root). What needs more than
+# this has commands of its own: `pytest -m rdma tests/rdma` (qemu, see its README), bench/gpu_check.sh
+# (a GPU). Transports are in both suites, over whatever libucp there is: for a run with the wheel's,
+# `pip install -e '.[ucx]'`, and `pytest -m "not gpu and not rdma" tests/transport`.
 test-all: $(TORCHED)
 	$(BIN)/python -m pytest -m 'not gpu and not vllm and not sglang and not redis and not rdma' --timeout 900 $(ARGS)
 
