@@ -243,7 +243,7 @@ void BulkConnection::Launch(BulkMove &move) {
             batch.is_write && batch.sums != nullptr ? batch.sums + first : nullptr;
         const BulkBytes head =
             EncodeHead(batch.region, batch.offsets + first, batch.lengths + first, sums, range.n);
-        flights_.push_back({range, next_id_++, {}});
+        flights_.push_back({range, next_id_++, {}, 0});
         Flight &flight = flights_.back();
         flight.frame = SealBulkFrame(batch.is_write ? BulkOp::kWrite : BulkOp::kRead, 0, flight.id,
                                      head.data(), head.size());
@@ -251,6 +251,7 @@ void BulkConnection::Launch(BulkMove &move) {
         for (std::size_t i = first; batch.is_write && i < first + range.n; ++i) {
             outgoing_.Add(reinterpret_cast<const void *>(batch.addresses[i]), batch.lengths[i]);
         }
+        flight.sent_at = outgoing_.added_bytes();
     }
 }
 
@@ -287,6 +288,8 @@ bool BulkConnection::TakeReply(BulkMove &move) {
     const BulkBatch &batch = move.batch;
     const Flight &flight = flights_.front();
     const BulkOp op = batch.is_write ? BulkOp::kWrite : BulkOp::kRead;
+    // Nobody answers what has not come; and its frame is still to be sent from.
+    if (outgoing_.sent_bytes() < flight.sent_at) return false;
     FrameHeader header;
     if (!DecodeHeader(reply_.data(), &header) || header.op != static_cast<std::uint8_t>(op) ||
         header.status != 0 || header.id != flight.id ||

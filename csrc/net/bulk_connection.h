@@ -104,6 +104,7 @@ private:
         BulkMove::Range range;
         std::uint32_t id;
         BulkBytes frame;
+        std::uint64_t sent_at = 0;  // bytes of `outgoing_`: it is sent whole
     };
     enum class Moved { kNone, kSome, kLost };
 

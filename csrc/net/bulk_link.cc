@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <system_error>
 #include <thread>
 #include <utility>
 
@@ -195,7 +196,11 @@ void BulkLink::Move(const BulkBatch &batch, double timeout_seconds, const Cancel
     const std::size_t stripes = std::clamp<std::uint64_t>(bytes / kStripeBytesMin, 1, stripes_);
     std::vector<std::thread> extra;
     for (std::size_t i = 1; i < stripes; ++i) {
-        extra.emplace_back([&] { Carry(move, false); });
+        try {
+            extra.emplace_back([&] { Carry(move, false); });
+        } catch (const std::system_error &) {
+            break;  // no more threads here: those that there are carry it all
+        }
     }
     const End end = Carry(move, true);
     if (end == End::kInterrupted || end == End::kCancelled) move.Stop();

@@ -28,6 +28,8 @@ public:
     // Until the connection is closed.
     void Run();
     void Cut() override;
+    // Whether the peer has proved itself.
+    bool is_greeted() const { return greeted_.load(); }
 
 private:
     enum class Frame { kCame, kEnd, kBad };
@@ -52,7 +54,7 @@ private:
     void CloseFd();
 
     BulkServices &services_;
-    const bool greeted_;
+    std::atomic<bool> greeted_;
     std::mutex fd_mutex_;  // held to close the socket, and by others who use it
     int fd_;
     std::atomic<bool> cut_{false};

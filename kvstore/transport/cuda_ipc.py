@@ -16,11 +16,9 @@ from __future__ import annotations
 
 import fcntl
 import os
-import select
 import threading
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -39,8 +37,8 @@ from kvstore.transport.cuda_regions import (
     open_region,
     sums_of,
 )
+from kvstore.transport.processes import is_readable, start_of, try_lock
 from kvstore.transport.settings import TransportSettings
-from kvstore.transport.shm import start_of, try_lock
 from kvstore.transport.types import (
     Batch,
     EndpointInfo,
@@ -144,7 +142,10 @@ class CudaIpcMover:
         return None if found is None else (found.region, found.event)
 
     def connect(self, peer: EndpointInfo, timeout: float) -> CudaIpcLink:
-        info = msgspec.msgpack.decode(peer.movers[self.name], type=_Info)
+        try:
+            info = msgspec.msgpack.decode(peer.movers[self.name], type=_Info)
+        except msgspec.MsgspecError as error:
+            raise IncompatibleError(f"cuda: what the peer says is none of ours: {error}") from error
         with _local_lock:
             neighbour = _local.get(peer.epoch)
         link = CudaIpcLink(self, peer, info.started, neighbour)
@@ -228,12 +229,13 @@ class CudaIpcLink:
             return self._neighbour._closing.is_set()
         if self._pidfd < 0:
             return True
-        poll: Any = select.poll()
-        poll.register(self._pidfd, select.POLLIN)
-        return bool(poll.poll(0))
+        return is_readable(self._pidfd)
 
     def open(self, region: RegionInfo) -> None:
-        key = msgspec.msgpack.decode(region.keys["cuda"], type=RegionKey)
+        try:
+            key = msgspec.msgpack.decode(region.keys["cuda"], type=RegionKey)
+        except msgspec.MsgspecError as error:
+            raise IncompatibleError(f"cuda: region {region.region_id}: no key: {error}") from error
         if self._neighbour is not None:
             found = self._neighbour.served(region.region_id)
             if found is None:

@@ -14,7 +14,7 @@ from kvstore.errors import IncompatibleError, PeerUnavailableError
 from kvstore.gpu.cuda_device import CudaDevice
 from kvstore.gpu.driver import IPC_HANDLE_BYTES
 from kvstore.gpu.ipc import Imports, SharedEvent
-from kvstore.transport.shm import try_lock
+from kvstore.transport.processes import try_lock
 from kvstore.transport.types import Batch, RegionInfo, U64s
 
 

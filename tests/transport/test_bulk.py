@@ -213,6 +213,66 @@ def test_a_server_that_cannot_prove_the_secret_is_not_believed() -> None:
         thread.join(BOUND_S)
 
 
+def test_an_answer_that_comes_before_its_request_was_sent_is_none() -> None:
+    """The rest of the request is still to be sent from its memory."""
+    pieces, size = 1024, 16 << 10
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+
+        def lie() -> None:
+            peer, _ = listener.accept()
+            with peer:
+                welcome(peer)
+                assert peer.recv(1)
+                peer.sendall(frame(WRITE, bytes([OK]) * 128, 3))
+                while peer.recv(1 << 20):
+                    pass
+
+        thread = threading.Thread(target=lie)
+        thread.start()
+        link = _native.BulkLink(address, SECRET, EPOCH, 2.0)
+        here = np.zeros(pieces * size, np.uint8)
+        places = np.arange(pieces) * size
+        call = Call(link, here, places, places, [size] * pieces)
+        assert OK not in call.write(timeout=5.0)
+        link.close()
+        thread.join(BOUND_S)
+        assert not thread.is_alive()
+
+
+def welcome(peer: socket.socket) -> None:
+    """Greet a client as a server does that knows the secret."""
+    hello = _take(peer)
+    assert hello is not None
+    challenge = bytes(32)
+    peer.sendall(frame(HELLO, challenge, hello[1]))
+    proof = _take(peer)
+    assert proof is not None
+    said = b"kvstore-bulk server" + hello[0] + challenge + struct.pack("<Q", EPOCH)
+    sealed = struct.pack("<Q", EPOCH) + hmac.new(SECRET, said, hashlib.sha256).digest()
+    peer.sendall(frame(PROOF, sealed, proof[1]))
+
+
+def test_strangers_do_not_keep_peers_out() -> None:
+    served = Served(connections_max=3)
+    host, port = served.address.split(":")
+    strangers = []
+    try:
+        link = served.link()
+        for _ in range(8):
+            strangers.append(socket.create_connection((host, int(port)), BOUND_S))
+        served.wait_for(accepted_connections=9)
+        other = served.link()
+        here = np.zeros(100, np.uint8)
+        for each in (link, other):
+            assert Call(each, here, [0], [0], [100]).read() == [OK]
+            each.close()
+    finally:
+        for stranger in strangers:
+            stranger.close()
+        served.server.stop()
+
+
 def test_connections_beyond_the_most_are_closed() -> None:
     served = Served(connections_max=2)
     try:
