@@ -98,6 +98,8 @@ public:
     bool is_silent() const { return silent_; }
     // False when the peer may still be taking in what a write sent.
     bool is_settled() const { return settled_; }
+    // Looks again, until the deadline.
+    bool TrySettle(std::int64_t deadline_ns);
 
 private:
     struct Flight {

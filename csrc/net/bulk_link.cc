@@ -22,6 +22,7 @@ constexpr std::uint64_t kStripeBytesMin = 8 << 20;
 constexpr std::size_t kStripesMax = 4;
 // Moves of several threads at a time find a connection each, up to so many.
 constexpr std::size_t kConnectionsMin = 8;
+constexpr std::size_t kUnsettledMax = 64;
 constexpr std::int64_t kFlagNs = 5'000'000;
 // What connections in use have to notice that the link is closed.
 constexpr std::int64_t kCloseNs = 1'000'000'000;
@@ -114,8 +115,16 @@ void BulkLink::Return(std::unique_ptr<BulkConnection> connection) {
 
 // After anything went wrong on it.
 void BulkLink::Discard(std::unique_ptr<BulkConnection> connection, bool is_lost) {
-    if (!connection->is_settled()) settled_.store(false);
     const std::lock_guard lock(mutex_);
+    if (!connection->is_settled()) {
+        settled_.store(false);
+        // Of one more nobody will know when it is settled.
+        if (unsettled_.size() < kUnsettledMax) {
+            unsettled_.push_back(std::move(connection));
+        } else {
+            forgot_ = true;
+        }
+    }
     --num_open_;
     lost_ = lost_ || is_lost;
     returned_.notify_all();
@@ -142,6 +151,10 @@ bool BulkLink::Close() {
     returned_.notify_all();
     const bool ended = returned_.wait_for(lock, std::chrono::nanoseconds(kCloseNs),
                                           [&] { return num_open_ == 0; });
+    const auto now = std::remove_if(unsettled_.begin(), unsettled_.end(),
+                                    [](const auto &each) { return each->TrySettle(0); });
+    unsettled_.erase(now, unsettled_.end());
+    settled_.store(unsettled_.empty() && !forgot_);
     return ended && settled_.load();
 }
 
