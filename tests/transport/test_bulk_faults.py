@@ -177,6 +177,26 @@ def test_a_frozen_peer_costs_no_more_than_the_deadline(write: bool) -> None:
         assert moving.link.is_alive()
         # A write that was given up without the peer's word may have left bytes behind.
         assert moving.link.is_settled() != write
+        # It is closed until the peer, which runs again, has hung up.
+        end = time.monotonic() + BOUND_S
+        while not moving.link.close():
+            assert write
+            assert time.monotonic() < end
+            time.sleep(0.002)
+        assert moving.link.is_settled()
+
+
+def test_a_write_is_not_settled_before_a_frozen_peer_is_dead() -> None:
+    with child() as peer:
+        moving = Moving(peer, timeout=0.5)
+        freeze = lambda: os.kill(peer.process.pid, signal.SIGSTOP)  # noqa: E731
+        assert LOST in moving.run(freeze, True, timeout=30.0)
+        assert not moving.link.close()
+        peer.kill()
+        end = time.monotonic() + BOUND_S
+        while not moving.link.close():
+            assert time.monotonic() < end
+            time.sleep(0.002)
 
 
 def test_a_peer_that_is_silent_for_too_long_is_taken_for_gone() -> None:
