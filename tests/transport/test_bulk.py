@@ -7,6 +7,8 @@ by hand. Nothing may hang: every wait has a bound.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import hmac
 import socket
 import struct
 import threading
