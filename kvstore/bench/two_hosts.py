@@ -187,7 +187,7 @@ class TwoHosts:
         self._wait_until_up()
 
     def _wait_until_up(self) -> None:
-        """The kernel tells of a carrier up to a second late, and UCX uses no device that has none."""
+        """The kernel tells of a carrier late, and UCX uses no device that has none."""
         give_up = time.monotonic() + _TOOL_SECONDS
         for host in self.hosts:
             while "state UP" not in _tool("ip", "-n", host.name, "link", "show", INTERFACE):
