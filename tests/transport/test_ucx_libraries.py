@@ -13,7 +13,7 @@ import pytest
 from kvstore.transport import ucx_library
 
 ROOT = Path(__file__).parents[2]
-SUITES = ["test_ucx.py", "test_contract.py"]
+SUITES = ["test_ucx.py", "test_ucx_process.py", "test_contract.py"]
 
 
 def others() -> list[str]:
