@@ -776,6 +776,7 @@ def test_slow_acquire_becomes_a_task_and_fast_ones_do_not(tmp_path: Path) -> Non
         _, offsets, _, _, _ = client.acquire(5.0, WAIT_S, 0, hashes, 0, None, WAIT_S)
         assert len(offsets) == 2  # nothing more is available anywhere: no task
         assert daemon.of_kind(ACQUIRE) == []
+        until(lambda: daemon.of_kind(200))
         (stored,) = daemon.of_kind(200)
         assert stored.body == packed_chain(hashes[:2])
         client.close()
