@@ -111,17 +111,6 @@ class Host:
         """Plug the cable in or out. Out: packets vanish and nobody is told."""
         _tool("ip", "-n", self.name, "link", "set", INTERFACE, "up" if up else "down")
 
-    def wait_until_up(self) -> None:
-        """Until the kernel says that the cable is in, which it may do a second late. Packets pass
-        before; UCX does not look at an interface before."""
-        give_up = time.monotonic() + _TOOL_SECONDS
-        while time.monotonic() < give_up:
-            shown = _tool("ip", "-n", self.name, "-j", "link", "show", "dev", INTERFACE)
-            if json.loads(shown)[0]["operstate"] == "UP":
-                return
-            time.sleep(0.01)
-        raise HostsUnavailableError(f"{INTERFACE} of {self.name} does not come up")
-
     def lose(self, fraction: float) -> None:
         """Drop that part of the packets that arrive (to within 1 in 10,000); 0: none."""
         with contextlib.suppress(HostsUnavailableError):
@@ -195,8 +184,16 @@ class TwoHosts:
             _tool("ip", "-n", host.name, "address", "add", f"{host.address}/24", "dev", INTERFACE)
             _tool("ip", "-n", host.name, "link", "set", "lo", "up")
             host.set_link(True)
+        self._wait_until_up()
+
+    def _wait_until_up(self) -> None:
+        """The kernel tells of a carrier late, and UCX uses no device that has none."""
+        give_up = time.monotonic() + _TOOL_SECONDS
         for host in self.hosts:
-            host.wait_until_up()
+            while "state UP" not in _tool("ip", "-n", host.name, "link", "show", INTERFACE):
+                if time.monotonic() > give_up:
+                    raise HostsUnavailableError(f"{host.name}: the link does not come up")
+                time.sleep(0.01)
 
     @property
     def hosts(self) -> tuple[Host, Host]:
@@ -219,6 +216,7 @@ class TwoHosts:
     def heal(self) -> None:
         """Joined, without loss and limit."""
         self.b.set_link(True)
+        self._wait_until_up()
         self.lose(0)
         self.limit(0)
 
