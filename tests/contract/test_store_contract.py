@@ -54,11 +54,11 @@ from tests.store_support import (
 
 Open: TypeAlias = Callable[..., Store]
 # Where the decisions are made, how bytes come and go, and what is below DRAM.
-STORES = ["cpu", "ssd", "unix", "unix+ssd", "unix+copy", "tcp", "tcp+ssd", "tcp+tls"]
+STORES = ["cpu", "ssd", "unix", "unix+ssd", "unix+copy", "tcp", "tcp+ssd"]
 SECRET = "a secret of this test's own"
 
 
-@pytest.fixture(params=STORES)
+@pytest.fixture(params=[*STORES, pytest.param("tcp+tls", marks=pytest.mark.slow)])
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -84,11 +84,13 @@ def test_slots_granted_in_an_answer_that_never_came_are_reported(fake: FakeDaemo
         session.arena.writable = np.zeros(4096, np.uint8)
 
         def cut_off(_: bytes) -> None:
+            fake.epoch = os.urandom(
+                16
+            )  # whoever answers next was started anew, and kept them apart
             raise OSError  # the fake closes the connection
 
         fake.answers[wire.Op.RESERVE] = cut_off
         assert control.reserve(chain(1, 2)).reservation == 0
-        fake.epoch = os.urandom(16)  # whoever answers next was started anew, and kept them apart
         wait_until(lambda: fake.count(wire.Op.QUIESCED) == 1)
         told = [body for op, body in fake.requests if op == wire.Op.QUIESCED]
         assert told == [wire.pack_u64(session.welcome.client)]

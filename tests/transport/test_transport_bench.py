@@ -19,6 +19,7 @@ from kvstore.cli import build_app
 from kvstore.errors import ConfigError
 from tests.transport.netns import TwoHosts
 
+pytestmark = pytest.mark.slow  # it starts some thirty processes
 KIB = 1 << 10
 PEER = """
 import os, time
