@@ -14,7 +14,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -23,6 +25,10 @@ import numpy.typing as npt
 
 from kvstore import KVStoreError, _native
 from kvstore.transport import Endpoint, EndpointInfo, RegionInfo, SharedMemory, TransportSettings
+
+
+def _tasks(pid: int) -> list[Path]:
+    return list(Path(f"/proc/{pid}/task").glob("*/stat"))
 
 
 def pattern(seed: int, num_bytes: int) -> npt.NDArray[np.uint8]:
@@ -97,6 +103,9 @@ class Peer:
     def stop(self) -> None:
         """Freeze it."""
         os.kill(self.pid, signal.SIGSTOP)
+        # The signal takes a moment, in which it could still answer.
+        while any(b") T" not in task.read_bytes() for task in _tasks(self.pid)):
+            time.sleep(0.001)
 
     def go_on(self) -> None:
         os.kill(self.pid, signal.SIGCONT)
