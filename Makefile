@@ -36,7 +36,10 @@ demo: $(TORCHED)
 test: $(TORCHED)
 	$(BIN)/python -m pytest $(ARGS)
 
-# With the suites that kill writers and shut file systems down (some need root).
+# With the suites that kill writers and shut file systems down (some need root). What needs more than
+# this has commands of its own: `pytest -m rdma tests/rdma` (qemu, see its README), bench/gpu_check.sh
+# (a GPU). Transports are in both suites, over whatever libucp there is: for a run with the wheel's,
+# `pip install -e '.[ucx]'`, and `pytest -m "not gpu and not rdma" tests/transport`.
 test-all: $(TORCHED)
 	$(BIN)/python -m pytest -m 'not gpu and not vllm and not sglang and not redis and not rdma' --timeout 900 $(ARGS)
 
@@ -106,7 +109,7 @@ sanitize: $(BUILT)
 	cd $(SANITIZED) && KVSTORE_SANITIZE=address,undefined $(abspath $(BIN))/python setup.py -q build_ext --inplace
 	cd $(SANITIZED) && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
 	  ASAN_OPTIONS=detect_leaks=0:log_path=found UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1:log_path=found PYTHONPATH=.:adapters \
-	  $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider --timeout 600 --ignore tests/unit/test_deploy.py tests/unit tests/property tests/contract \
+	  $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider --timeout 600 --ignore tests/unit/test_deploy.py tests/unit tests/property tests/contract tests/transport/test_bulk.py tests/transport/test_contract.py \
 	  || { head -n 60 found.*; exit 1; }
 	$(call objects,build/tsan,$(CXX) $(TSAN_FLAGS))
 	for t in csrc/tests/*_test.cc; do echo "tsan $$t"; \

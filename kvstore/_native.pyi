@@ -702,6 +702,7 @@ class UcxContext:
         settings: Sequence[tuple[str, str]] = ...,
         spin: float = ...,
         modules: str = ...,
+        one_sided: bool = ...,
     ) -> None: ...
     @property
     def version(self) -> str: ...

@@ -293,6 +293,7 @@ class DaemonConfig(StoreConfig):
         if not _is_a(int, self.io_threads) or not 1 <= self.io_threads <= 64:
             raise ConfigError(f"io_threads: {self.io_threads!r} is not between 1 and 64")
         self._check_tls()
+        self._check_peer_host()
         self._check_tenants()
 
     def _check_tls(self) -> None:
@@ -325,6 +326,13 @@ class DaemonConfig(StoreConfig):
     @property
     def scrub_bytes_per_second(self) -> int:
         return parse_bytes(self.scrub)
+
+    def _check_peer_host(self) -> None:
+        if self.peer_token and self.peer_host in ("0.0.0.0", "::"):
+            raise ConfigError(
+                f"peer_listen: {self.peer_host} tells other daemons nothing; give an address of "
+                f"this machine that they reach"
+            )
 
     @property
     def peer_host(self) -> str:

@@ -26,24 +26,23 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 import numpy as np
-import numpy.typing as npt
 
-from kvstore import _native
 from kvstore.block import BlockHashes, HashesLike
 from kvstore.config import parse_bytes
-from kvstore.control import RESERVED, Ack, Control, Granted, Reserved
+from kvstore.control import Ack, Control, Granted
 from kvstore.errors import ConfigError, DeadlineExceededError, GpuError, StoreClosedError
 from kvstore.gpu.blocks import DeviceBlocks
 from kvstore.gpu.copies import STAGE_BYTES, ArenaCopies
-from kvstore.gpu.device import Addresses, BlockIds, Device, Event, wait_for
+from kvstore.gpu.device import BlockIds, Device, Event, wait_for
 from kvstore.gpu.registration import Registrations
-from kvstore.gpu.slots import Slots, SlotTable
-from kvstore.puts import check_ack, finish_put, not_stored
-from kvstore.transfer import Transfer, TransferResult, join
+from kvstore.gpu.slots import SlotTable
+from kvstore.gpu_moves import LoadMove, Pool, PutMove
+from kvstore.puts import check_ack
+from kvstore.transfer import Transfer, TransferResult
 
 _SLOT_ALIGNMENT = 256  # as cudaMalloc's
 _Finish = Callable[[GpuError | None], Transfer]
@@ -130,26 +129,35 @@ class GpuTier:
         self._control = control
         self._device = device
         self._block_bytes = control.namespace.spec.block_bytes
-        self._stride = -(-self._block_bytes // _SLOT_ALIGNMENT) * _SLOT_ALIGNMENT
-        num_slots = parse_bytes(capacity, "capacity") // self._stride
+        stride = -(-self._block_bytes // _SLOT_ALIGNMENT) * _SLOT_ALIGNMENT
+        num_slots = parse_bytes(capacity, "capacity") // stride
         if num_slots < 1:
-            raise ConfigError(f"capacity: {capacity} holds no block of {self._stride} bytes")
-        self._pool = device.allocate(num_slots * self._stride)
-        self._out = device.new_stream()  # to the arena
-        self._copies = ArenaCopies(device, stage_bytes)
-        self._registrations = Registrations(device)
-        self._lock = threading.Lock()  # guards all below, and the order of what is enqueued
-        self._table = SlotTable(num_slots, policy)
+            raise ConfigError(f"capacity: {capacity} holds no block of {stride} bytes")
+        self._memory = device.allocate(num_slots * stride)
+        self._lock = threading.Lock()  # the pool's, and guards all below
+        self._pool = Pool(
+            control,
+            device,
+            SlotTable(num_slots, policy),
+            self._memory.address,
+            stride,
+            self._block_bytes,
+            device.new_stream(),
+            ArenaCopies(device, stage_bytes),
+            Registrations(device),
+            self._lock,
+        )
+        self._released = False
         self._transfers: list[GpuTransfer] = []
         self._closed = False
 
     @property
     def num_slots(self) -> int:
-        return self._table.num_slots
+        return self._pool.table.num_slots
 
     @property
     def num_evicted(self) -> int:
-        return self._table.num_evicted
+        return self._pool.table.num_evicted
 
     # --- looking
 
@@ -158,7 +166,7 @@ class GpuTier:
         chain = BlockHashes.of(hashes)
         self._finish_some()
         with self._lock:
-            num_gpu = self._table.match(chain)
+            num_gpu = self._pool.table.match(chain)
         if num_gpu == len(chain):
             return num_gpu, num_gpu
         return max(num_gpu, self._control.match(chain)), num_gpu
@@ -167,13 +175,13 @@ class GpuTier:
         """Remove blocks, and with each all that continue it, here and from every tier below."""
         chain = BlockHashes.of(hashes)
         with self._lock:
-            self._table.remove(chain)
+            self._pool.table.remove(chain)
         return self._control.remove(chain)
 
     def clear(self) -> None:
         """Empty the pool; what is below stays."""
         with self._lock:
-            self._table.clear()
+            self._pool.table.clear()
 
     # --- reading
 
@@ -206,9 +214,9 @@ class GpuTier:
         self._finish_some()
         with self._lock:
             self._check_open()
-            slots = self._table.use(chain)
+            slots = self._pool.table.use(chain)
         granted: list[tuple[BlockHashes, Granted]] = []
-        job = _Load(self, chain, slots, granted)
+        job = LoadMove(self._pool, chain, slots, granted)
         try:
             job.acquire(timeout)
             with self._lock:
@@ -247,7 +255,7 @@ class GpuTier:
         chain = BlockHashes.of(hashes)
         ids = self._ids(blocks, chain, block_ids, distinct=False)
         self._finish_some()
-        job = _Put(self, chain, ack)
+        job = PutMove(self._pool, chain, ack)
         try:
             with self._lock:
                 self._check_open()
@@ -256,9 +264,9 @@ class GpuTier:
             with self._lock:
                 job.enqueue(blocks, ids, stream)
         except BaseException:
-            self._start(job.finish_failed, stream, self._out)
+            self._start(job.finish_failed, stream, self._pool.out)
             raise
-        return self._start(job.finish, stream, self._out)
+        return self._start(job.finish, stream, self._pool.out)
 
     # --- ending
 
@@ -275,12 +283,12 @@ class GpuTier:
         for transfer in left:
             if not wait_for(transfer, max(0.0, deadline - time.monotonic())):
                 return False
-        if self._out:
-            self._device.close_stream(self._out)
-            self._out = 0
-            self._copies.close()
-            self._registrations.close()
-            self._pool.close()
+        if not self._released:
+            self._released = True
+            self._device.close_stream(self._pool.out)
+            self._pool.copies.close()
+            self._pool.registrations.close()
+            self._memory.close()
         return True
 
     def __enter__(self) -> GpuTier:
@@ -308,18 +316,6 @@ class GpuTier:
         if self._closed:
             raise StoreClosedError("the GPU tier is closed")
 
-    def _places(self, slots: Slots) -> Addresses:
-        places: Addresses = np.uint64(self._pool.address) + slots.astype(np.uint64) * np.uint64(
-            self._stride
-        )
-        return places
-
-    def _pieces(self, chain: BlockHashes) -> Iterator[BlockHashes]:
-        """Parts that the control takes at once."""
-        size = self._control.piece_blocks or max(len(chain), 1)
-        for begin in range(0, len(chain), size):
-            yield chain[begin : begin + size]
-
     def _start(self, finish: _Finish, *streams: int) -> GpuTransfer:
         """What `finish` finishes ends with what is now enqueued on `streams`."""
         transfer = GpuTransfer(self, [self._device.record(stream) for stream in streams], finish)
@@ -337,208 +333,3 @@ class GpuTier:
         with self._lock:
             if transfer in self._transfers:
                 self._transfers.remove(transfer)
-
-
-class _Load:
-    """One load. `finish` is called once, when all that was enqueued has run, or failed."""
-
-    def __init__(
-        self,
-        tier: GpuTier,
-        chain: BlockHashes,
-        slots: Slots,
-        granted: list[tuple[BlockHashes, Granted]],
-    ) -> None:
-        self._tier = tier
-        self._chain = chain
-        self._slots = slots  # in the pool already
-        self._granted = granted  # of the blocks after those
-        self._counts: list[int] = []  # how many blocks of each grant were enqueued
-        self._fills: list[Slots] = []  # the slots that those fill; empty where none could be had
-
-    def acquire(self, timeout: float) -> None:
-        deadline = time.monotonic() + timeout
-        rest = self._chain[len(self._slots) :]
-        for part in self._tier._pieces(rest):
-            left = max(0.0, deadline - time.monotonic())
-            control = self._tier._control
-            found = control.acquire(part, control.terms.lease_seconds, left)
-            if found.lease:
-                self._granted.append((part, found))
-            if len(found.offsets) < len(part):
-                break
-
-    def enqueue(self, blocks: DeviceBlocks, ids: BlockIds, stream: int) -> None:
-        """REQUIRES: the tier's lock."""
-        tier, device, table = self._tier, self._tier._device, self._tier._table
-        for event in table.fill_events(self._slots):
-            device.wait_event(stream, event)
-        at = len(self._slots)
-        device.scatter(blocks.prepared, ids[:at], tier._places(self._slots), stream)
-        for part, found in self._granted:
-            host = tier._registrations.of(found.arena)
-            addresses = found.offsets + np.uint64(found.address)
-            count = self._num_sound(part, found, addresses)
-            addresses, own = addresses[:count], ids[at : at + count]
-            fills = self._take_slots(part[:count])
-            self._counts.append(count)
-            self._fills.append(fills)
-            if len(fills):
-                for event in table.use_events(fills):
-                    device.wait_event(stream, event)
-                places = tier._places(fills)
-                sizes = np.full(count, tier._block_bytes, np.uint64)
-                host.require(addresses, tier._block_bytes)
-                tier._copies.copy(host, addresses, places, sizes, stream, is_to_host=False)
-                device.scatter(blocks.prepared, own, places, stream)
-            else:
-                tier._copies.from_host(blocks, own, host, addresses, stream)
-            at += count
-            if count < len(part):
-                break
-
-    def _num_sound(self, part: BlockHashes, found: Granted, addresses: Addresses) -> int:
-        """How many leading blocks may be used; all, unless the store wants them verified."""
-        terms = self._tier._control.terms
-        if not terms.verify_always:
-            return len(addresses)
-        sums = np.empty(len(addresses), np.uint64)
-        _native.checksum_blocks(addresses, self._tier._block_bytes, sums, terms.threads)
-        count = _leading(sums == found.checksums)
-        if count < _leading(_still_there(found)):
-            self._tier._control.report_corrupt(part[count])
-        return count
-
-    def _take_slots(self, part: BlockHashes) -> Slots:
-        """A slot for each block, or none at all."""
-        table = self._tier._table
-        taken = table.reserve(part)
-        if len(taken.new) == len(part):
-            return taken.new
-        table.abort(taken.new, None)
-        return taken.new[:0]
-
-    def finish(self, error: GpuError | None) -> Transfer:
-        tier, table = self._tier, self._tier._table
-        held = [
-            0 if error else min(_leading(_still_there(found)), count)
-            for (_, found), count in zip(self._granted, self._counts, strict=False)
-        ]
-        loaded = 0 if error else len(self._slots)
-        is_leading = True
-        for count, good in zip(self._counts, held, strict=True):
-            loaded += good if is_leading else 0
-            is_leading = is_leading and good == count
-        with tier._lock:
-            for fills, good in zip(self._fills, held, strict=True):
-                # What was filled when the lease had ended is another block's bytes.
-                table.commit(fills[:good], None)
-                table.abort(fills[good:], None)
-            table.unuse(map(int, self._slots), None)
-        for _, found in self._granted:
-            tier._control.release(found.lease)
-        return Transfer(TransferResult(loaded, num_missed=len(self._chain) - loaded))
-
-    def finish_failed(self, error: GpuError | None) -> Transfer:
-        return self.finish(error or GpuError("the load could not be enqueued"))
-
-
-class _Put:
-    """One put; see `_Load`."""
-
-    def __init__(self, tier: GpuTier, chain: BlockHashes, ack: Ack) -> None:
-        self._tier = tier
-        self._chain = chain
-        self._ack: Ack = ack
-        self._slots: Slots = np.zeros(0, np.int64)  # of each block; -1: none of ours
-        self._filled: Event | None = None
-        self._reserved: list[tuple[BlockHashes, Reserved, bool]] = []  # True: ours to write
-
-    def fill_pool(self, blocks: DeviceBlocks, ids: BlockIds, stream: int) -> None:
-        """REQUIRES: the tier's lock."""
-        tier, device, table = self._tier, self._tier._device, self._tier._table
-        taken = table.reserve(self._chain)
-        try:
-            for event in table.use_events(taken.new):
-                device.wait_event(stream, event)
-            own = ids[taken.statuses == RESERVED]
-            device.gather(blocks.prepared, own, tier._places(taken.new), stream)
-            self._filled = device.record(stream)
-        except BaseException:
-            # Something may be enqueued: whoever gets the slots next has to wait for it.
-            table.abort(taken.new, device.record(stream))
-            raise
-        table.hold(taken.new)  # until they are in the arena
-        table.commit(taken.new, self._filled)
-        self._slots = taken.slots
-
-    def reserve(self) -> None:
-        for part in self._tier._pieces(self._chain):
-            found = self._tier._control.reserve(part)
-            is_ours = bool(found.reservation) and (found.writers is None or found.writers.begin())
-            self._reserved.append((part, found, is_ours))
-
-    def enqueue(self, blocks: DeviceBlocks, ids: BlockIds, stream: int) -> None:
-        """REQUIRES: the tier's lock."""
-        tier, device = self._tier, self._tier._device
-        if self._filled is not None:
-            device.wait_event(tier._out, self._filled)
-        at = 0
-        for part, found, is_ours in self._reserved:
-            here = slice(at, at + len(part))
-            at += len(part)
-            if not is_ours:
-                continue
-            host = tier._registrations.of(found.arena)
-            addresses = found.offsets + np.uint64(found.address)
-            is_wanted = found.statuses == RESERVED
-            is_pooled = is_wanted & (self._slots[here] >= 0)
-            others = is_wanted & ~is_pooled
-            if others.any():
-                tier._copies.to_host(blocks, ids[here][others], host, addresses[others], stream)
-            ours, places = addresses[is_pooled], tier._places(self._slots[here][is_pooled])
-            sizes = np.full(len(ours), tier._block_bytes, np.uint64)
-            host.require(ours, tier._block_bytes)
-            tier._copies.copy(host, ours, places, sizes, tier._out, is_to_host=True)
-
-    def finish(self, error: GpuError | None) -> Transfer:
-        tier = self._tier
-        with tier._lock:
-            tier._table.unuse([int(slot) for slot in self._slots if slot >= 0], None)
-        done: list[Transfer] = []
-        for part, found, is_ours in self._reserved:
-            addresses = (found.offsets + np.uint64(found.address))[found.statuses == RESERVED]
-            sums = np.empty(len(addresses), np.uint64)
-            if is_ours:
-                if error is None:
-                    threads = tier._control.terms.threads
-                    _native.checksum_blocks(addresses, tier._block_bytes, sums, threads)
-                if found.writers is not None:
-                    found.writers.end()
-            if error is not None or (found.reservation and not is_ours):
-                if found.reservation:
-                    tier._control.abort(found.reservation)
-                done.append(Transfer(not_stored(found.statuses)))
-            else:
-                done.append(
-                    finish_put(
-                        tier._control, found.reservation, sums, part, found.statuses, self._ack
-                    )
-                )
-        return join(done) if done else Transfer(TransferResult(0))
-
-    def finish_failed(self, error: GpuError | None) -> Transfer:
-        return self.finish(error or GpuError("the put could not be enqueued"))
-
-
-def _still_there(granted: Granted) -> npt.NDArray[np.bool_]:
-    words = granted.arena.view(np.uint64)
-    there: npt.NDArray[np.bool_] = (
-        words[granted.header_offsets >> np.uint64(3)] == granted.sequences
-    )
-    return there
-
-
-def _leading(good: npt.NDArray[np.bool_]) -> int:
-    bad = np.flatnonzero(~good)
-    return int(bad[0]) if len(bad) else len(good)

@@ -26,6 +26,7 @@ using Kind = ClientFailure::Kind;
 constexpr std::uint64_t kRangeBytes = 2 << 20;
 // So many requests are under way, so that the peer never waits for the next.
 constexpr std::size_t kFlightsMax = 4;
+constexpr int kPatienceMs = 1000;
 // How late a flag may be seen by who waits for the peer.
 constexpr std::int64_t kFlagNs = 5'000'000;
 
@@ -83,7 +84,9 @@ BulkConnection::BulkConnection(const std::string &address, const std::string &se
     : address_(address), interrupted_(interrupted), silence_ns_(silence_ns) {
     const std::int64_t left = std::max<std::int64_t>(deadline_ns - SteadyNowNs(), 0);
     fd_ = Dial(address, deadline_ns, static_cast<double>(left) * 1e-9, interrupted);
-    const auto timeout = static_cast<int>(silence_ns / 1'000'000);
+    // Later than a move gives it up: the kernel drops also a peer that is frozen, which could still
+    // take in what it has, and nobody would see when.
+    const auto timeout = static_cast<int>(silence_ns / 1'000'000 + kPatienceMs);
     setsockopt(fd_, IPPROTO_TCP, TCP_USER_TIMEOUT, &timeout, sizeof(timeout));
     try {
         Greet(epoch, secret, deadline_ns);
@@ -92,6 +95,9 @@ BulkConnection::BulkConnection(const std::string &address, const std::string &se
         throw;
     }
 }
+
+BulkConnection::BulkConnection(int fd, std::int64_t silence_ns)
+    : address_("a socket"), interrupted_(nullptr), silence_ns_(silence_ns), fd_(fd) {}
 
 BulkConnection::~BulkConnection() { close(fd_); }
 
@@ -240,7 +246,7 @@ void BulkConnection::Launch(BulkMove &move) {
             batch.is_write && batch.sums != nullptr ? batch.sums + first : nullptr;
         const BulkBytes head =
             EncodeHead(batch.region, batch.offsets + first, batch.lengths + first, sums, range.n);
-        flights_.push_back({range, next_id_++, {}});
+        flights_.push_back({range, next_id_++, {}, 0});
         Flight &flight = flights_.back();
         flight.frame = SealBulkFrame(batch.is_write ? BulkOp::kWrite : BulkOp::kRead, 0, flight.id,
                                      head.data(), head.size());
@@ -248,6 +254,7 @@ void BulkConnection::Launch(BulkMove &move) {
         for (std::size_t i = first; batch.is_write && i < first + range.n; ++i) {
             outgoing_.Add(reinterpret_cast<const void *>(batch.addresses[i]), batch.lengths[i]);
         }
+        flight.sent_at = outgoing_.added_bytes();
     }
 }
 
@@ -284,6 +291,8 @@ bool BulkConnection::TakeReply(BulkMove &move) {
     const BulkBatch &batch = move.batch;
     const Flight &flight = flights_.front();
     const BulkOp op = batch.is_write ? BulkOp::kWrite : BulkOp::kRead;
+    // Nobody answers what has not come; and its frame is still to be sent from.
+    if (outgoing_.sent_bytes() < flight.sent_at) return false;
     FrameHeader header;
     if (!DecodeHeader(reply_.data(), &header) || header.op != static_cast<std::uint8_t>(op) ||
         header.status != 0 || header.id != flight.id ||
@@ -329,25 +338,34 @@ void BulkConnection::GiveUp(BulkMove &move, End end) {
     if (move.batch.is_write) Settle();
 }
 
-// Until the peer has hung up: it has then taken in, or will never take in, what was sent.
+// Waits a little until the peer has hung up: it has then taken in, or will never take in, what was
+// sent.
 void BulkConnection::Settle() {
     settled_ = false;
-    const std::int64_t deadline = SteadyNowNs() + kSettleNs;
     shutdown(fd_, SHUT_WR);
-    while (SteadyNowNs() < deadline) {
+    // A peer that is frozen is waited for; when this is closed before, what is still to be sent
+    // shall not be.
+    const int forever = 0;
+    setsockopt(fd_, IPPROTO_TCP, TCP_USER_TIMEOUT, &forever, sizeof(forever));
+    const linger drop{1, 0};
+    setsockopt(fd_, SOL_SOCKET, SO_LINGER, &drop, sizeof(drop));
+    TrySettle(SteadyNowNs() + kSettleNs);
+}
+
+bool BulkConnection::TrySettle(std::int64_t deadline_ns) {
+    while (!settled_) {
         std::uint8_t bytes[4096];
         const ssize_t n = recv(fd_, bytes, sizeof(bytes), MSG_DONTWAIT);
         if (n > 0) continue;
-        if (n == 0 || errno == ECONNRESET) {
+        if (n == 0 || !WouldBlock()) {
             settled_ = true;
-            return;
+        } else if (SteadyNowNs() >= deadline_ns) {
+            break;
+        } else {
+            PollUntil(fd_, POLLIN, deadline_ns);
         }
-        if (!WouldBlock()) break;
-        PollUntil(fd_, POLLIN, deadline);
     }
-    // What is still to be sent shall not be.
-    const linger drop{1, 0};
-    setsockopt(fd_, SOL_SOCKET, SO_LINGER, &drop, sizeof(drop));
+    return settled_;
 }
 
 }  // namespace kvstore

@@ -73,6 +73,8 @@ public:
     // is gone.
     BulkConnection(const std::string &address, const std::string &secret, std::uint64_t epoch,
                    std::int64_t silence_ns, std::int64_t deadline_ns, InterruptedHook interrupted);
+    // For tests: over a socket, which it owns, whose peer has greeted already.
+    BulkConnection(int fd, std::int64_t silence_ns);
     ~BulkConnection();
     BulkConnection(const BulkConnection &) = delete;
     BulkConnection &operator=(const BulkConnection &) = delete;
@@ -96,12 +98,15 @@ public:
     bool is_silent() const { return silent_; }
     // False when the peer may still be taking in what a write sent.
     bool is_settled() const { return settled_; }
+    // Looks again, until the deadline.
+    bool TrySettle(std::int64_t deadline_ns);
 
 private:
     struct Flight {
         BulkMove::Range range;
         std::uint32_t id;
         BulkBytes frame;
+        std::uint64_t sent_at = 0;  // bytes of `outgoing_`: it is sent whole
     };
     enum class Moved { kNone, kSome, kLost };
 

@@ -36,6 +36,7 @@ void OutgoingParts::Clear() {
 
 void OutgoingParts::Add(const void *data, std::uint64_t bytes) {
     if (empty()) Clear();
+    added_bytes_ += bytes;
     if (bytes > 0) parts_.push_back({const_cast<void *>(data), static_cast<std::size_t>(bytes)});
 }
 
@@ -53,6 +54,7 @@ ssize_t OutgoingParts::SendSome(int fd, std::size_t bytes_max) {
     message.msg_iovlen = n;
     const ssize_t sent = sendmsg(fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
     last.iov_len += beyond;
+    if (sent > 0) sent_bytes_ += static_cast<std::uint64_t>(sent);
     for (std::size_t left = sent > 0 ? static_cast<std::size_t>(sent) : 0; left > 0;) {
         iovec &part = parts_[first_];
         const std::size_t taken = std::min(left, part.iov_len);

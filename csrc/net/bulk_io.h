@@ -30,12 +30,17 @@ public:
     void Clear();
     void Add(const void *data, std::uint64_t bytes);
     bool empty() const { return first_ == parts_.size(); }
+    // Of all that was ever added, and of that, sent.
+    std::uint64_t added_bytes() const { return added_bytes_; }
+    std::uint64_t sent_bytes() const { return sent_bytes_; }
     // One sendmsg of at most `bytes_max`: what it returned.
     ssize_t SendSome(int fd, std::size_t bytes_max = kBulkChunkBytes);
 
 private:
     std::vector<iovec> parts_;
     std::size_t first_ = 0;
+    std::uint64_t added_bytes_ = 0;
+    std::uint64_t sent_bytes_ = 0;
 };
 
 // Pieces to receive, in their order, each checked against its checksum where it has one.

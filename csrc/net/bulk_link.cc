@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <system_error>
 #include <thread>
 #include <utility>
 
@@ -21,6 +22,7 @@ constexpr std::uint64_t kStripeBytesMin = 8 << 20;
 constexpr std::size_t kStripesMax = 4;
 // Moves of several threads at a time find a connection each, up to so many.
 constexpr std::size_t kConnectionsMin = 8;
+constexpr std::size_t kUnsettledMax = 64;
 constexpr std::int64_t kFlagNs = 5'000'000;
 // What connections in use have to notice that the link is closed.
 constexpr std::int64_t kCloseNs = 1'000'000'000;
@@ -113,8 +115,16 @@ void BulkLink::Return(std::unique_ptr<BulkConnection> connection) {
 
 // After anything went wrong on it.
 void BulkLink::Discard(std::unique_ptr<BulkConnection> connection, bool is_lost) {
-    if (!connection->is_settled()) settled_.store(false);
     const std::lock_guard lock(mutex_);
+    if (!connection->is_settled()) {
+        settled_.store(false);
+        // Of one more nobody will know when it is settled.
+        if (unsettled_.size() < kUnsettledMax) {
+            unsettled_.push_back(std::move(connection));
+        } else {
+            forgot_ = true;
+        }
+    }
     --num_open_;
     lost_ = lost_ || is_lost;
     returned_.notify_all();
@@ -141,6 +151,10 @@ bool BulkLink::Close() {
     returned_.notify_all();
     const bool ended = returned_.wait_for(lock, std::chrono::nanoseconds(kCloseNs),
                                           [&] { return num_open_ == 0; });
+    const auto now = std::remove_if(unsettled_.begin(), unsettled_.end(),
+                                    [](const auto &each) { return each->TrySettle(0); });
+    unsettled_.erase(now, unsettled_.end());
+    settled_.store(unsettled_.empty() && !forgot_);
     return ended && settled_.load();
 }
 
@@ -195,7 +209,11 @@ void BulkLink::Move(const BulkBatch &batch, double timeout_seconds, const Cancel
     const std::size_t stripes = std::clamp<std::uint64_t>(bytes / kStripeBytesMin, 1, stripes_);
     std::vector<std::thread> extra;
     for (std::size_t i = 1; i < stripes; ++i) {
-        extra.emplace_back([&] { Carry(move, false); });
+        try {
+            extra.emplace_back([&] { Carry(move, false); });
+        } catch (const std::system_error &) {
+            break;  // no more threads here: those that there are carry it all
+        }
     }
     const End end = Carry(move, true);
     if (end == End::kInterrupted || end == End::kCancelled) move.Stop();

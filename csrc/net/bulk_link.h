@@ -45,9 +45,10 @@ public:
     // False once the peer was found to be gone, until a move has reached it again.
     bool is_alive();
     // False when a write was given up whose bytes the peer may still be taking in.
+    // Close finds out whether that has ended.
     bool is_settled() const { return settled_.load(); }
     // From now on every move is lost, those under way too, which are waited for. Whether it is
-    // settled then.
+    // settled then; asking again later tells anew.
     bool Close();
 
 private:
@@ -73,7 +74,9 @@ private:
     std::mutex mutex_;  // guards what follows
     std::condition_variable returned_;
     Connections idle_;
+    Connections unsettled_;     // given up, and kept to see when the peer has hung up
     std::size_t num_open_ = 0;  // and being opened
+    bool forgot_ = false;       // one that was not settled
     bool lost_ = false;
     bool is_another_ = false;  // a peer with another epoch is there
 };

@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <csignal>
+#include <system_error>
 #include <utility>
 
 #include "core/check.h"
@@ -116,7 +117,7 @@ void BulkServer::Welcome(int fd) {
     setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &timeout, sizeof(timeout));
     const std::lock_guard lock(mutex_);
     Reap();
-    if (stopping_ || held_.size() >= connections_max_) {
+    if (stopping_ || (held_.size() >= connections_max_ && !MakeRoom())) {
         services_.counters.refused_connections.fetch_add(1);
         close(fd);
         return;
@@ -124,10 +125,27 @@ void BulkServer::Welcome(int fd) {
     services_.counters.accepted_connections.fetch_add(1);
     held_.push_back(std::make_unique<Held>(services_, fd));
     Held *held = held_.back().get();
-    held->thread = std::thread([held] {
-        held->session.Run();
-        held->ended.store(true);
-    });
+    try {
+        held->thread = std::thread([held] {
+            held->session.Run();
+            held->ended.store(true);
+        });
+    } catch (const std::system_error &) {  // this process may have no more threads
+        services_.counters.refused_connections.fetch_add(1);
+        held_.pop_back();
+    }
+}
+
+// Ends the oldest connection whose peer has not proved itself. REQUIRES: mutex_ is held.
+bool BulkServer::MakeRoom() {
+    const auto stranger =
+        std::find_if(held_.begin(), held_.end(),
+                     [](const std::unique_ptr<Held> &held) { return !held->session.is_greeted(); });
+    if (stranger == held_.end()) return false;
+    (*stranger)->session.Cut();
+    (*stranger)->thread.join();  // it only waits for its peer, or says a few bytes
+    held_.erase(stranger);
+    return true;
 }
 
 // Forgets the connections that have ended. REQUIRES: mutex_ is held.

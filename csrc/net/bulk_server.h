@@ -2,7 +2,9 @@
 // receives into them; nobody else touches their bytes.
 //
 // A connection is closed at its first frame that is none of ours, when its peer did not prove
-// within 10 s that it knows the secret, and when within a frame nothing moved for 10 s.
+// within 10 s that it knows the secret, and when within a frame nothing moved for 10 s. Strangers
+// do not keep peers out: where there are as many connections as may be, the oldest that has not
+// proved itself gives way.
 //
 // Thread safety: all methods may be called from any thread.
 #pragma once
@@ -26,7 +28,8 @@ struct BulkCounters {
     std::atomic<std::uint64_t> refused_connections{0};  // beyond connections_max
     std::atomic<std::uint64_t> refused_greetings{0};    // wrong secret, epoch or version
     std::atomic<std::uint64_t> protocol_errors{0};
-    std::atomic<std::uint64_t> cut_connections{0};  // a region of theirs was removed
+    // A region of theirs was removed, or they gave way.
+    std::atomic<std::uint64_t> cut_connections{0};
     std::atomic<std::uint64_t> stalled_connections{0};
     std::atomic<std::uint64_t> read_pieces{0};
     std::atomic<std::uint64_t> read_bytes{0};
@@ -99,6 +102,7 @@ private:
     void Accept(int listener);
     void Welcome(int fd);
     void Reap();
+    bool MakeRoom();
 
     BulkServices services_;
     const std::size_t connections_max_;

@@ -27,7 +27,8 @@ void Count(std::atomic<std::uint64_t> &counter, std::uint64_t n = 1) {
 }  // namespace
 
 void BulkSession::Run() {
-    if (Greet()) Serve();
+    if (!greeted_.load()) greeted_.store(Greet());
+    if (greeted_.load()) Serve();
     if (cut_.load()) Count(services_.counters.cut_connections);
     CloseFd();
 }

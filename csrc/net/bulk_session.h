@@ -18,8 +18,9 @@ namespace kvstore {
 
 class BulkSession final : public Regions::User {
 public:
-    // Owns the socket.
-    BulkSession(BulkServices &services, int fd) : services_(services), fd_(fd) {}
+    // Owns the socket. `greeted`: for tests, the peer has proved itself already.
+    BulkSession(BulkServices &services, int fd, bool greeted = false)
+        : services_(services), greeted_(greeted), fd_(fd) {}
     ~BulkSession() { CloseFd(); }
     BulkSession(const BulkSession &) = delete;
     BulkSession &operator=(const BulkSession &) = delete;
@@ -27,6 +28,8 @@ public:
     // Until the connection is closed.
     void Run();
     void Cut() override;
+    // Whether the peer has proved itself.
+    bool is_greeted() const { return greeted_.load(); }
 
 private:
     enum class Frame { kCame, kEnd, kBad };
@@ -51,6 +54,7 @@ private:
     void CloseFd();
 
     BulkServices &services_;
+    std::atomic<bool> greeted_;
     std::mutex fd_mutex_;  // held to close the socket, and by others who use it
     int fd_;
     std::atomic<bool> cut_{false};

@@ -25,6 +25,9 @@ struct UcxOptions {
     std::uint64_t epoch = 0;
     std::vector<std::pair<std::string, std::string>> settings;  // of UCX, which win
     double spin = 50e-6;  // seconds to look for events before sleeping
+    // Whether regions are read and written by requests of UCX that the target has no part in, which
+    // is what RDMA does; else by messages, which the target answers.
+    bool one_sided = false;
 };
 
 class UcxCore {

@@ -29,11 +29,15 @@ constexpr int kTendMax = 16;
 UcxLink::UcxLink(std::shared_ptr<UcxCore> core, const std::vector<std::uint8_t> &address,
                  std::uint64_t epoch, const std::string &secret, std::int64_t deadline_ns)
     : core_(std::move(core)), last_event_ns_(SteadyNowNs()) {
-    worker_ = std::make_unique<UcxWorker>(core_->library(), core_->context(),
-                                          [this](UcxMessage &message) {
-                                              if (inbox_.size() < kInboxMax)
-                                                  inbox_.push_back(std::move(message));
-                                          });
+    worker_ = std::make_unique<UcxWorker>(
+        core_->library(), core_->context(),
+        [this](UcxMessage &message) {
+            if (inbox_.size() < kInboxMax) inbox_.push_back(std::move(message));
+        },
+        [this](const UcxPartHead &head, const void *data, std::size_t bytes) {
+            messages_->OnPart(head, data, bytes);
+        });
+    messages_ = std::make_unique<UcxMessages>(*worker_);
     const auto on_error = [](void *self, ucx::Ep, ucx::Status status) {
         auto *link = static_cast<UcxLink *>(self);
         link->Fail(link->core_->library().Text(status));
@@ -86,6 +90,8 @@ void UcxLink::Greet(Lock &lock, std::uint64_t epoch, const std::string &secret,
     if (reply.head.answer != UcxAnswer::kOk) {
         throw UcxFailure(Kind::kRefused, "ucx: the peer refuses our secret");
     }
+    one_sided_ = core_->options().one_sided && reply.head.one_sided != 0;
+    messages_->set_session(session_);
 }
 
 void UcxLink::AwaitReply(Lock &lock, UcxKind kind, std::int64_t deadline_ns, UcxMessage *reply) {
@@ -131,27 +137,42 @@ void UcxLink::Move(UcxOp op, std::uint64_t region, const UcxBatch &batch, std::i
     if (is_failed_ || is_closing_) return all(PieceStatus::kLost);
     if (batch.n == 0) return;
     if (moving_++ == 0) last_event_ns_ = SteadyNowNs();
-    UcxRemote *remote = nullptr;
-    const PieceStatus opened = Open(lock, region, deadline_ns, cancel, &remote);
-    if (opened != PieceStatus::kOk) {
-        all(opened);
-    } else {
-        ++remote->users;
-        auto move =
-            std::make_unique<UcxMove>(core_->api(), ep_, *remote, op, batch, statuses, &has_done_);
-        const PieceStatus ended = Run(lock, *move, batch, deadline_ns, cancel, statuses);
-        move->Abandon(ended);
-        if (move->in_flight() > 0) Drain(lock, *move);
-        if (move->in_flight() > 0) {
-            Fail("a move was ended before the peer did");
-            orphans_.emplace_back(std::move(move), remote);
-            AfterProgress();
+    const auto make = [&](const UcxRemote &remote) {
+        return std::make_unique<UcxMove>(core_->api(), ep_, one_sided_ ? nullptr : messages_.get(),
+                                         remote, op, batch, statuses, &has_done_);
+    };
+    if (one_sided_) {
+        UcxRemote *remote = nullptr;
+        const PieceStatus opened = Open(lock, region, deadline_ns, cancel, &remote);
+        if (opened != PieceStatus::kOk) {
+            all(opened);
         } else {
-            Release(remote);
+            ++remote->users;
+            MoveBy(lock, remote, make(*remote), batch, deadline_ns, cancel, statuses);
         }
+    } else {
+        UcxRemote remote;
+        remote.id = region;
+        MoveBy(lock, nullptr, make(remote), batch, deadline_ns, cancel, statuses);
     }
     StopDriving();
     --moving_;
+}
+
+void UcxLink::MoveBy(Lock &lock, UcxRemote *remote, std::unique_ptr<UcxMove> move,
+                     const UcxBatch &batch, std::int64_t deadline_ns, const CancelFlag *cancel,
+                     PieceStatus *statuses) {
+    const PieceStatus ended = Run(lock, *move, batch, deadline_ns, cancel, statuses);
+    move->Abandon(ended);
+    messages_->Forget(*move);
+    if (move->in_flight() > 0) Drain(lock, *move);
+    if (move->in_flight() > 0) {
+        Fail("a move was ended before the peer did");
+        orphans_.emplace_back(std::move(move), remote);
+        AfterProgress();
+    } else {
+        Release(remote);
+    }
 }
 
 // The status of what is not whole in the end.
@@ -279,6 +300,7 @@ void UcxLink::AfterProgress() {
 void UcxLink::Take(UcxMessage &message) {
     const UcxHead &head = message.head;
     if (head.kind == UcxKind::kPing) return;  // an event, which is all that it is for
+    if (head.kind == UcxKind::kAnswered) return messages_->OnAnswer(head.part, head.answer);
     const bool is_key = head.kind == UcxKind::kOpened && head.answer == UcxAnswer::kOk;
     if (head.kind == UcxKind::kRevoke) {
         const auto found = remotes_.find(head.region);
@@ -301,7 +323,7 @@ void UcxLink::Take(UcxMessage &message) {
 }
 
 void UcxLink::Release(UcxRemote *remote) {
-    if (--remote->users == 0 && remote->is_revoked) HandBack(remote->id);
+    if (remote != nullptr && --remote->users == 0 && remote->is_revoked) HandBack(remote->id);
 }
 
 void UcxLink::HandBack(std::uint64_t region) {
@@ -357,7 +379,7 @@ bool UcxLink::Close(std::int64_t deadline_ns) {
     const auto is_mine = [this] {  // else another thread may be asleep in the worker
         return driver_ == std::thread::id() || driver_ == std::this_thread::get_id();
     };
-    while (!is_mine() || !orphans_.empty() || !worker_->IsFlushed()) {
+    while (!is_mine() || !orphans_.empty() || messages_->in_flight() > 0 || !worker_->IsFlushed()) {
         if (SteadyNowNs() >= deadline_ns) {
             StopDriving();
             return false;

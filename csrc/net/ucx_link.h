@@ -28,6 +28,7 @@
 #include "core/cancel.h"
 #include "core/fair_mutex.h"
 #include "net/ucx_core.h"
+#include "net/ucx_messages.h"
 #include "net/ucx_move.h"
 #include "net/ucx_worker.h"
 
@@ -68,6 +69,8 @@ private:
     void AwaitReply(Lock &lock, UcxKind kind, std::int64_t deadline_ns, UcxMessage *reply);
     PieceStatus Open(Lock &lock, std::uint64_t region, std::int64_t deadline_ns,
                      const CancelFlag *cancel, UcxRemote **remote);
+    void MoveBy(Lock &lock, UcxRemote *remote, std::unique_ptr<UcxMove> move, const UcxBatch &batch,
+                std::int64_t deadline_ns, const CancelFlag *cancel, PieceStatus *statuses);
     PieceStatus Run(Lock &lock, UcxMove &move, const UcxBatch &batch, std::int64_t deadline_ns,
                     const CancelFlag *cancel, PieceStatus *statuses);
     void Drain(Lock &lock, UcxMove &move);
@@ -101,7 +104,9 @@ private:
     std::vector<UcxMessage> inbox_;
     std::vector<UcxMessage> replies_;
     std::unordered_map<std::uint64_t, std::unique_ptr<UcxRemote>> remotes_;
-    // Moves that ended with requests under way, and the region that each uses.
+    bool one_sided_ = false;
+    std::unique_ptr<UcxMessages> messages_;
+    // Moves that ended with requests under way, and the region that each uses; null by messages.
     std::vector<std::pair<std::unique_ptr<UcxMove>, UcxRemote *>> orphans_;
     // Null once closed. The last member: its end may still call back.
     std::unique_ptr<UcxWorker> worker_;

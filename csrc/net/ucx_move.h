@@ -1,4 +1,5 @@
-// One batch of one-sided moves over an endpoint: what was asked of UCX, and what came.
+// One batch of moves over an endpoint: what was asked of the peer, and what came. By one-sided
+// requests of UCX, or where the transport has none of its own, by messages.
 //
 // A piece goes in parts of at most kPartBytes, so that little is under way when a move has to end.
 // Requests that UCX still has outlive the call that began them: Abandon() cuts the move off from
@@ -40,6 +41,8 @@ struct UcxRemote {
     ucx::Rkey key = nullptr;
 };
 
+class UcxMessages;
+
 class UcxMove {
 public:
     // 64 requests of up to 4 MiB, and 64 MiB of them in all: what fills any link, and is over soon.
@@ -47,9 +50,10 @@ public:
     static constexpr std::uint64_t kPartBytes = 4u << 20;
     static constexpr std::uint64_t kFlightBytes = 64u << 20;
 
-    // `done` is set when a request ends. Pieces outside of the region are refused at once.
-    UcxMove(const ucx::Functions &api, ucx::Ep ep, const UcxRemote &remote, UcxOp op,
-            const UcxBatch &batch, PieceStatus *statuses, bool *done);
+    // `done` is set when a part ends. Pieces outside of the region are refused at once; by
+    // messages, for which `messages` is not null, by the peer, who knows its bounds.
+    UcxMove(const ucx::Functions &api, ucx::Ep ep, UcxMessages *messages, const UcxRemote &remote,
+            UcxOp op, const UcxBatch &batch, PieceStatus *statuses, bool *done);
     UcxMove(const UcxMove &) = delete;
     UcxMove &operator=(const UcxMove &) = delete;
 
@@ -65,23 +69,25 @@ public:
     // Writes `status` for all pieces that are not whole, and forgets the caller's arrays.
     void Abandon(PieceStatus status);
 
-private:
     struct Part {
         UcxMove *move = nullptr;
         std::uint32_t piece = 0;
         std::uint64_t bytes = 0;
         bool is_flush = false;
     };
+    void End(Part *part, PieceStatus status);
+
+private:
     static void OnDone(void *request, ucx::Status status, void *part);
 
     bool Begin(Part *part, std::uint64_t offset);
     bool Flush();
     // Takes the result of a request that was just made. False when it failed.
     bool Made(Part *part, ucx::StatusPtr result);
-    void End(Part *part, ucx::Status status);
 
     const ucx::Functions &api_;
     const ucx::Ep ep_;
+    UcxMessages *const messages_;
     const UcxRemote remote_;
     const UcxOp op_;
     const UcxBatch batch_;
@@ -96,7 +102,7 @@ private:
     std::size_t in_flight_ = 0;
     std::uint64_t flight_bytes_ = 0;
     bool is_flushing_ = false;
-    bool is_flushed_ = false;  // also of a read, which needs none
+    bool is_flushed_ = false;  // also of what needs none: reads, and messages, which are answered
     bool is_abandoned_ = false;
 };
 

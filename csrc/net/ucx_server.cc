@@ -13,24 +13,32 @@ namespace {
 
 constexpr std::int64_t kTendNs = 100'000'000;
 constexpr std::int64_t kGreetingNs = 10'000'000'000;
+// How long before its deadline a removal cuts off those whom it waits for.
+constexpr std::int64_t kCutNs = 100'000'000;
+constexpr std::int64_t kMinWaitNs = 1'000'000;
 constexpr std::size_t kInboxMax = 4 * UcxServer::kPeersMax;
 
 }  // namespace
 
 UcxServer::UcxServer(std::shared_ptr<UcxCore> core, std::function<void()> tend)
     : core_(std::move(core)), tend_(std::move(tend)) {
-    worker_ = std::make_unique<UcxWorker>(core_->library(), core_->context(),
-                                          [this](UcxMessage &message) {
-                                              if (inbox_.size() < kInboxMax)
-                                                  inbox_.push_back(std::move(message));
-                                          });
+    worker_ = std::make_unique<UcxWorker>(
+        core_->library(), core_->context(),
+        [this](UcxMessage &message) {
+            if (inbox_.size() < kInboxMax) inbox_.push_back(std::move(message));
+        },
+        [this](const UcxPartHead &head, const void *data, std::size_t bytes) {
+            OnPart(head, data, bytes);
+        });
     thread_ = std::thread([this] { Run(); });
 }
 
 UcxServer::~UcxServer() {
     Stop();
     worker_.reset();
-    for (const auto &[id, region] : regions_) core_->Unmap(region.memory);
+    for (const auto &[id, region] : regions_) {
+        if (region.memory != nullptr) core_->Unmap(region.memory);
+    }
 }
 
 void UcxServer::Stop() {
@@ -59,15 +67,17 @@ bool UcxServer::Add(std::uint64_t id, void *address, std::size_t bytes, bool wri
     region.base = reinterpret_cast<std::uint64_t>(address);
     region.bytes = bytes;
     region.writable = writable;
-    region.memory = core_->Map(address, bytes, writable);
-    try {
-        region.key = core_->Key(region.memory);
-        if (region.key.size() > kUcxTailBytesMax) {
-            throw UcxFailure(UcxFailure::Kind::kLibrary, "ucx: the key of a region is too long");
+    if (core_->options().one_sided) {
+        region.memory = core_->Map(address, bytes, writable);
+        try {
+            region.key = core_->Key(region.memory);
+            if (region.key.size() > kUcxTailBytesMax) {
+                throw UcxFailure(UcxFailure::Kind::kLibrary, "ucx: a region's key is too long");
+            }
+        } catch (...) {
+            core_->Unmap(region.memory);
+            throw;
         }
-    } catch (...) {
-        core_->Unmap(region.memory);
-        throw;
     }
     regions_.emplace(id, std::move(region));
     return true;
@@ -84,15 +94,28 @@ bool UcxServer::Remove(std::uint64_t id, std::int64_t deadline_ns) {
         const auto found = peers_.find(session);
         if (found != peers_.end()) worker_->Send(found->second.ep, EncodeUcx(head));
     }
+    for (auto &[session, peer] : peers_) peer.outbox->DropRegion(id);
     worker_->Wake();
-    while (regions_.contains(id) && !regions_.at(id).holders.empty()) {
+    const auto is_used = [this, id] {
+        const auto found = regions_.find(id);
+        return found != regions_.end() &&
+               (found->second.uses > 0 || !found->second.holders.empty());
+    };
+    bool is_cut = false;
+    while (is_used()) {
         const std::int64_t left = deadline_ns - SteadyNowNs();
         if (left <= 0) return false;
-        handed_back_.wait_for(lock, std::chrono::nanoseconds(left));
+        if (!is_cut && left <= kCutNs) {
+            CutOff(id);
+            is_cut = true;
+            worker_->Wake();
+        }
+        const std::int64_t until = is_cut ? left : left - kCutNs;
+        handed_back_.wait_for(lock, std::chrono::nanoseconds(std::max(until, kMinWaitNs)));
     }
     const auto found = regions_.find(id);
     if (found == regions_.end()) return true;  // another thread removed it too
-    core_->Unmap(found->second.memory);
+    if (found->second.memory != nullptr) core_->Unmap(found->second.memory);
     regions_.erase(found);
     handed_back_.notify_all();
     return true;
@@ -141,7 +164,10 @@ void UcxServer::Greet(UcxMessage &message) {
     MakeUcxProof(UcxSide::kServer, core_->options().secret, peer.client_nonce, peer.server_nonce,
                  reply.epoch, reply.proof);
     worker_->Send(peer.ep, EncodeUcx(reply));
-    peers_.emplace(reply.session, peer);
+    const std::uint64_t session = reply.session;
+    peer.outbox = std::make_unique<UcxOutbox>(
+        *worker_, [this, session](const UcxPartHead &head) { OnSent(session, head); });
+    peers_.emplace(session, std::move(peer));
 }
 
 void UcxServer::Admit(std::uint64_t session, Peer &peer, const UcxHead &head) {
@@ -153,6 +179,7 @@ void UcxServer::Admit(std::uint64_t session, Peer &peer, const UcxHead &head) {
     reply.kind = UcxKind::kWelcome;
     reply.session = session;
     reply.answer = peer.is_proved ? UcxAnswer::kOk : UcxAnswer::kSecret;
+    reply.one_sided = core_->options().one_sided ? 1 : 0;
     worker_->Send(peer.ep, EncodeUcx(reply));
 }
 
@@ -161,7 +188,7 @@ void UcxServer::Open(std::uint64_t session, Peer &peer, const UcxHead &head) {
     reply.kind = UcxKind::kOpened;
     reply.region = head.region;
     const auto found = regions_.find(head.region);
-    if (found == regions_.end() || found->second.is_removed) {
+    if (found == regions_.end() || found->second.is_removed || found->second.key.empty()) {
         reply.answer = UcxAnswer::kNoRegion;
         worker_->Send(peer.ep, EncodeUcx(reply));
         return;
@@ -178,7 +205,11 @@ void UcxServer::Drop(std::uint64_t session) {
     const auto found = peers_.find(session);
     if (found == peers_.end()) return;
     worker_->Close(found->second.ep);
+    std::unique_ptr<UcxOutbox> outbox = std::move(found->second.outbox);
     peers_.erase(found);
+    busy_.erase(session);
+    outbox->DropAll();
+    ending_.push_back(std::move(outbox));
     for (auto &[id, region] : regions_) region.holders.erase(session);
     handed_back_.notify_all();
 }
@@ -207,6 +238,90 @@ void UcxServer::Ping() {
     }
 }
 
+// --- moves by messages
+
+void UcxServer::OnPart(const UcxPartHead &head, const void *data, std::size_t bytes) {
+    const auto found = peers_.find(head.session);
+    if (found == peers_.end() || !found->second.is_proved) return;
+    if (head.kind == UcxPartKind::kRead) OnRead(found->second, head);
+    if (head.kind == UcxPartKind::kWrite) OnWrite(found->second, head, data, bytes);
+}
+
+UcxServer::Region *UcxServer::Find(const UcxPartHead &head, std::uint64_t here_bytes) {
+    const auto found = regions_.find(head.region);
+    if (found == regions_.end() || found->second.is_removed) return nullptr;
+    return IsInside(head, found->second.bytes, here_bytes) ? &found->second : nullptr;
+}
+
+void UcxServer::OnRead(Peer &peer, const UcxPartHead &head) {
+    Region *region = Find(head, head.bytes);
+    if (region == nullptr || head.bytes == 0) {
+        const UcxAnswer answer = region == nullptr ? UcxAnswer::kNoRegion : UcxAnswer::kOk;
+        answers_.push_back({head.session, head.part, answer});
+        return;
+    }
+    UcxPartHead reply = head;
+    reply.kind = UcxPartKind::kData;
+    ++region->uses;
+    peer.outbox->Push(reply,
+                      reinterpret_cast<const std::uint8_t *>(region->base) + head.offset + head.at);
+    busy_.insert(head.session);
+}
+
+void UcxServer::OnWrite(Peer &peer, const UcxPartHead &head, const void *data, std::size_t bytes) {
+    Region *region = Find(head, bytes);
+    if (region == nullptr || !region->writable) {
+        peer.writing.erase(head.part);
+        answers_.push_back({head.session, head.part, UcxAnswer::kNoRegion});
+        return;
+    }
+    if (bytes > 0) {
+        std::memcpy(reinterpret_cast<std::uint8_t *>(region->base) + head.offset + head.at, data,
+                    bytes);
+    }
+    const auto [writing, is_first] = peer.writing.try_emplace(head.part, head.bytes);
+    writing->second -= std::min<std::uint64_t>(bytes, writing->second);
+    if (writing->second > 0) return;
+    peer.writing.erase(writing);
+    answers_.push_back({head.session, head.part, UcxAnswer::kOk});
+}
+
+void UcxServer::OnSent(std::uint64_t session, const UcxPartHead &head) {
+    const auto found = regions_.find(head.region);
+    if (found == regions_.end()) return;
+    --found->second.uses;
+    if (!found->second.is_removed) return;
+    answers_.push_back({session, head.part, UcxAnswer::kNoRegion});
+    handed_back_.notify_all();
+}
+
+// Ends the peers that do not take what was sent to them of a region.
+void UcxServer::CutOff(std::uint64_t region) {
+    std::vector<std::uint64_t> slow;
+    for (const auto &[session, peer] : peers_) {
+        if (peer.outbox->has_region(region)) slow.push_back(session);
+    }
+    for (const std::uint64_t session : slow) Drop(session);
+}
+
+void UcxServer::Pump() {
+    for (const Answered &answered : std::exchange(answers_, {})) {
+        const auto found = peers_.find(answered.session);
+        if (found == peers_.end()) continue;
+        UcxHead head;
+        head.kind = UcxKind::kAnswered;
+        head.part = answered.part;
+        head.answer = answered.answer;
+        worker_->Send(found->second.ep, EncodeUcx(head));
+    }
+    for (auto session = busy_.begin(); session != busy_.end();) {
+        Peer &peer = peers_.at(*session);
+        if (!peer.outbox->Pump(peer.ep)) failed_.push_back(peer.ep);
+        session = peer.outbox->is_empty() ? busy_.erase(session) : std::next(session);
+    }
+    std::erase_if(ending_, [](const auto &outbox) { return outbox->in_flight() == 0; });
+}
+
 // --- the thread
 
 void UcxServer::Run() {
@@ -221,6 +336,7 @@ void UcxServer::Run() {
             std::lock_guard lock(mutex_);
             events = worker_->Progress();
             for (UcxMessage &message : std::exchange(inbox_, {})) Answer(message);
+            Pump();
             DropFailed();
             now = SteadyNowNs();
             if (now >= next_tend_ns) DropUnproved(now);

@@ -1,9 +1,10 @@
 // Serves this process's regions to peers over UCX: a worker, and a thread that progresses it, since
 // UCX emulates one-sided moves over TCP in software on the target.
 //
-// UCX over TCP checks nothing: a peer that uses a key after its memory was unmapped kills this
-// process. So memory may go only when Remove returned true: every peer that was given the key has
-// handed it back, or its endpoint is closed.
+// What is asked for by messages is looked at, region and bounds. One-sided moves are not: over
+// transports without their own, UCX follows a key to memory that is gone, and dies. So memory may
+// go only when Remove returned true: every peer that was given the key has handed it back, or its
+// endpoint is closed.
 //
 // Peers are pinged: those that are gone are noticed, and those that wait for bytes see that we
 // live.
@@ -26,6 +27,7 @@
 
 #include "core/fair_mutex.h"
 #include "net/ucx_core.h"
+#include "net/ucx_outbox.h"
 #include "net/ucx_worker.h"
 
 namespace kvstore {
@@ -59,7 +61,8 @@ private:
         bool is_removed = false;
         ucx::Mem memory = nullptr;
         std::vector<std::uint8_t> key;
-        std::unordered_set<std::uint64_t> holders;  // sessions
+        std::unordered_set<std::uint64_t> holders;  // of its key: sessions
+        std::size_t uses = 0;                       // parts of it that are being sent
     };
     struct Peer {
         ucx::Ep ep = nullptr;
@@ -67,6 +70,14 @@ private:
         std::uint8_t server_nonce[kUcxNonceBytes];
         bool is_proved = false;
         std::int64_t since_ns = 0;
+        std::unique_ptr<UcxOutbox> outbox;
+        // Bytes that have not come of parts that are being written, of those at all in bounds.
+        std::unordered_map<std::uint64_t, std::uint64_t> writing;
+    };
+    struct Answered {
+        std::uint64_t session;
+        std::uint64_t part;
+        UcxAnswer answer;
     };
 
     void Run();
@@ -78,6 +89,13 @@ private:
     void DropFailed();
     void DropUnproved(std::int64_t now);
     void Ping();
+    void OnPart(const UcxPartHead &head, const void *data, std::size_t bytes);
+    void OnRead(Peer &peer, const UcxPartHead &head);
+    void OnWrite(Peer &peer, const UcxPartHead &head, const void *data, std::size_t bytes);
+    void OnSent(std::uint64_t session, const UcxPartHead &head);
+    Region *Find(const UcxPartHead &head, std::uint64_t here_bytes);
+    void Pump();
+    void CutOff(std::uint64_t region);
 
     const std::shared_ptr<UcxCore> core_;
     const std::function<void()> tend_;
@@ -86,7 +104,10 @@ private:
     std::unique_ptr<UcxWorker> worker_;
     std::vector<UcxMessage> inbox_;
     std::vector<ucx::Ep> failed_;
-    std::unordered_map<std::uint64_t, Peer> peers_;  // by session
+    std::vector<Answered> answers_;
+    std::unordered_set<std::uint64_t> busy_;          // sessions with something to send
+    std::vector<std::unique_ptr<UcxOutbox>> ending_;  // of peers that are gone
+    std::unordered_map<std::uint64_t, Peer> peers_;   // by session
     std::unordered_map<std::uint64_t, Region> regions_;
     std::atomic<bool> stopping_{false};
     std::thread thread_;

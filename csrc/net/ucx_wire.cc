@@ -29,6 +29,11 @@ bool ParseUcx(const void *data, std::size_t bytes, UcxMessage *message) {
     return true;
 }
 
+bool IsInside(const UcxPartHead &head, std::uint64_t region_bytes, std::uint64_t here_bytes) {
+    return head.total <= region_bytes && head.offset <= region_bytes - head.total &&
+           here_bytes <= head.total && head.at <= head.total - here_bytes;
+}
+
 void FillRandom(void *data, std::size_t bytes) {
     KV_CHECK(bytes <= 256);  // never interrupted, never short
     KV_CHECK(getrandom(data, bytes, 0) == static_cast<ssize_t>(bytes));

@@ -1,5 +1,5 @@
-// What two endpoints say to each other over UCX beside one-sided moves, as active messages: who
-// they are, and which keys the peer may use.
+// What two endpoints say to each other over UCX as active messages: who they are, which keys the
+// peer may use, and over transports without one-sided moves of their own, the bytes themselves.
 //
 //   HELLO      client    nonce, the epoch it expects; its worker's address
 //   CHALLENGE  server    session, nonce, epoch, status; proof that it knows the secret
@@ -8,6 +8,9 @@
 //   OPEN       client    session, region         OPENED   server   status, base, bytes, flags; key
 //   REVOKE     server    region                  REVOKED  client   session, region
 //   PING       server    every quarter of the timeout: it lives
+//   READ       client    session, region, part   DATA     server   part; bytes
+//   WRITE      client    session, region, part; bytes
+//                        ANSWERED  server  part, status: of a write, or of a read that is refused
 //
 // A peer gets a region's key only here. So the server knows who holds it, and asks for it back: who
 // answered REVOKED, or whose endpoint is closed, will not use it again.
@@ -32,6 +35,7 @@ enum class UcxKind : std::uint16_t {
     kRevoke,
     kRevoked,
     kPing,
+    kAnswered,
 };
 
 enum class UcxAnswer : std::uint16_t { kOk = 0, kEpoch = 1, kSecret = 2, kNoRegion = 3 };
@@ -52,10 +56,12 @@ struct UcxHead {
     std::uint64_t base = 0;
     std::uint64_t bytes = 0;
     std::uint64_t writable = 0;
+    std::uint64_t part = 0;
+    std::uint64_t one_sided = 0;  // of WELCOME: regions have keys
     std::uint8_t nonce[kUcxNonceBytes] = {};
     std::uint8_t proof[kUcxProofBytes] = {};
 };
-static_assert(sizeof(UcxHead) == 56 + kUcxNonceBytes + kUcxProofBytes);
+static_assert(sizeof(UcxHead) == 72 + kUcxNonceBytes + kUcxProofBytes);
 
 struct UcxMessage {
     UcxHead head;
@@ -64,6 +70,25 @@ struct UcxMessage {
 
 std::vector<std::uint8_t> EncodeUcx(const UcxHead &head, const void *tail = nullptr,
                                     std::size_t tail_bytes = 0);
+// The head of a message with bytes of a piece. A piece goes in parts, asked for one by one, and a
+// part in messages of at most kUcxFragmentBytes.
+enum class UcxPartKind : std::uint32_t { kRead = 1, kData, kWrite };
+inline constexpr std::uint64_t kUcxFragmentBytes = 256 << 10;
+struct UcxPartHead {
+    std::uint32_t magic = kUcxMagic;
+    UcxPartKind kind = UcxPartKind::kRead;
+    std::uint64_t session = 0;
+    std::uint64_t part = 0;    // a number that the client gave it
+    std::uint64_t region = 0;  // of the piece
+    std::uint64_t offset = 0;  // of the piece in the region
+    std::uint64_t total = 0;   // of the piece
+    std::uint64_t at = 0;      // in the piece: of the part; of DATA and WRITE, of what is in here
+    std::uint64_t bytes = 0;   // of the part
+};
+static_assert(sizeof(UcxPartHead) == 64);
+// Whether the piece lies in a region of so many bytes, and `here_bytes` at `at` in the piece.
+bool IsInside(const UcxPartHead &head, std::uint64_t region_bytes, std::uint64_t here_bytes);
+
 // False when these bytes are no message of this version.
 bool ParseUcx(const void *data, std::size_t bytes, UcxMessage *message);
 

@@ -4,6 +4,7 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
+#include <cstring>
 #include <utility>
 
 #include "core/check.h"
@@ -13,18 +14,31 @@ namespace {
 
 using Kind = UcxFailure::Kind;
 
-// The one active message that we use; its head says what it is.
-constexpr unsigned kMessageId = 11;
+// The active messages that we use; their heads say what they are.
+constexpr unsigned kMessageId = 11, kPartId = 12;
 
+template <typename Content>
 struct Outgoing {
     const ucx::Functions &api;
-    std::vector<std::uint8_t> bytes;
+    const Content content;
 };
+
+// Frees what was sent once UCX is done with it.
+template <typename Content>
+void OnSent(void *request, ucx::Status, void *sent) {
+    auto *outgoing = static_cast<Outgoing<Content> *>(sent);
+    outgoing->api.ucp_request_free(request);
+    delete outgoing;
+}
 
 }  // namespace
 
-UcxWorker::UcxWorker(const UcxLibrary &library, ucx::Context context, OnMessage on_message)
-    : library_(library), api_(library.api()), on_message_(std::move(on_message)) {
+UcxWorker::UcxWorker(const UcxLibrary &library, ucx::Context context, OnMessage on_message,
+                     OnPart on_part)
+    : library_(library),
+      api_(library.api()),
+      on_message_(std::move(on_message)),
+      on_part_(std::move(on_part)) {
     const UcxQuiet quiet;
     ucx::WorkerParams params = {};
     params.field_mask = ucx::kWorkerParamThreadMode;
@@ -34,16 +48,9 @@ UcxWorker::UcxWorker(const UcxLibrary &library, ucx::Context context, OnMessage 
         throw UcxFailure(Kind::kLibrary, library.path() + ": no worker: " + library.Text(created) +
                                              " (" + LastUcxLog() + ")");
     }
-    ucx::AmHandlerParam handler = {};
-    handler.field_mask =
-        ucx::kAmHandlerId | ucx::kAmHandlerFlags | ucx::kAmHandlerCb | ucx::kAmHandlerArg;
-    handler.id = kMessageId;
-    handler.flags = ucx::kAmFlagWholeMsg;
-    handler.cb = &Received;
-    handler.arg = this;
     wake_fd_ = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
     if (wake_fd_ < 0 || api_.ucp_worker_get_efd(worker_, &event_fd_) != ucx::kOk ||
-        api_.ucp_worker_set_am_recv_handler(worker_, &handler) != ucx::kOk) {
+        !Handle(kMessageId, &Received) || !Handle(kPartId, &ReceivedPart)) {
         if (wake_fd_ >= 0) close(wake_fd_);
         api_.ucp_worker_destroy(worker_);
         throw UcxFailure(Kind::kLibrary, library.path() + ": a worker without events or messages");
@@ -56,6 +63,17 @@ UcxWorker::~UcxWorker() {
     if (flush_ != nullptr) api_.ucp_request_free(flush_);
     api_.ucp_worker_destroy(worker_);
     close(wake_fd_);
+}
+
+bool UcxWorker::Handle(unsigned id, ucx::AmRecvCallback callback) {
+    ucx::AmHandlerParam handler = {};
+    handler.field_mask =
+        ucx::kAmHandlerId | ucx::kAmHandlerFlags | ucx::kAmHandlerCb | ucx::kAmHandlerArg;
+    handler.id = id;
+    handler.flags = ucx::kAmFlagWholeMsg;
+    handler.cb = callback;
+    handler.arg = this;
+    return api_.ucp_worker_set_am_recv_handler(worker_, &handler) == ucx::kOk;
 }
 
 unsigned UcxWorker::Progress() {
@@ -120,18 +138,36 @@ ucx::Ep UcxWorker::Connect(const std::vector<std::uint8_t> &address, const Error
 
 bool UcxWorker::Send(ucx::Ep ep, std::vector<std::uint8_t> bytes) {
     const UcxQuiet quiet;
-    auto *outgoing = new Outgoing{api_, std::move(bytes)};
+    using Bytes = std::vector<std::uint8_t>;
+    auto *outgoing = new Outgoing<Bytes>{api_, std::move(bytes)};
     ucx::RequestParam param = {};
     param.op_attr_mask = ucx::kOpCallback | ucx::kOpUserData | ucx::kOpFlags;
     param.flags = ucx::kAmSendEager;
     param.user_data = outgoing;
-    param.cb.send = [](void *request, ucx::Status, void *sent) {
-        auto *done = static_cast<Outgoing *>(sent);
-        done->api.ucp_request_free(request);
-        delete done;
-    };
+    param.cb.send = &OnSent<Bytes>;
     const ucx::StatusPtr result = api_.ucp_am_send_nbx(
-        ep, kMessageId, nullptr, 0, outgoing->bytes.data(), outgoing->bytes.size(), &param);
+        ep, kMessageId, nullptr, 0, outgoing->content.data(), outgoing->content.size(), &param);
+    if (ucx::IsRequest(result)) return true;
+    delete outgoing;
+    return result == nullptr;
+}
+
+ucx::StatusPtr UcxWorker::SendPart(ucx::Ep ep, const UcxPartHead &head, const void *data,
+                                   std::size_t bytes, ucx::SendCallback done, void *owner) {
+    const UcxQuiet quiet;
+    ucx::RequestParam param = {};
+    param.op_attr_mask = ucx::kOpCallback | ucx::kOpUserData | ucx::kOpFlags | ucx::kOpMemoryType;
+    param.flags = ucx::kAmSendEager;
+    param.memory_type = ucx::kMemoryTypeHost;
+    param.cb.send = done;
+    param.user_data = owner;
+    return api_.ucp_am_send_nbx(ep, kPartId, &head, sizeof(head), data, bytes, &param);
+}
+
+bool UcxWorker::SendHead(ucx::Ep ep, const UcxPartHead &head) {
+    auto *outgoing = new Outgoing<UcxPartHead>{api_, head};
+    const ucx::StatusPtr result =
+        SendPart(ep, outgoing->content, nullptr, 0, &OnSent<UcxPartHead>, outgoing);
     if (ucx::IsRequest(result)) return true;
     delete outgoing;
     return result == nullptr;
@@ -173,6 +209,17 @@ ucx::Status UcxWorker::Received(void *self, const void *, std::size_t, void *dat
     if ((param->recv_attr & ucx::kAmRecvRndv) == 0 && ParseUcx(data, length, &message)) {
         static_cast<UcxWorker *>(self)->on_message_(message);
     }
+    return ucx::kOk;
+}
+
+ucx::Status UcxWorker::ReceivedPart(void *self, const void *header, std::size_t header_length,
+                                    void *data, std::size_t length, const ucx::AmRecvParam *param) {
+    UcxPartHead head;
+    if ((param->recv_attr & ucx::kAmRecvRndv) != 0 || header_length != sizeof(head)) {
+        return ucx::kOk;
+    }
+    std::memcpy(&head, header, sizeof(head));
+    if (head.magic == kUcxMagic) static_cast<UcxWorker *>(self)->on_part_(head, data, length);
     return ucx::kOk;
 }
 

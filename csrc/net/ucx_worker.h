@@ -18,9 +18,12 @@ namespace kvstore {
 
 class UcxWorker {
 public:
-    using OnMessage = std::function<void(UcxMessage &)>;  // called within Progress
+    // Called within Progress. The bytes of a part are there during the call only.
+    using OnMessage = std::function<void(UcxMessage &)>;
+    using OnPart = std::function<void(const UcxPartHead &, const void *data, std::size_t bytes)>;
 
-    UcxWorker(const UcxLibrary &library, ucx::Context context, OnMessage on_message);
+    UcxWorker(const UcxLibrary &library, ucx::Context context, OnMessage on_message,
+              OnPart on_part);
     // Nothing reaches this process's memory through the worker any more when this returned.
     ~UcxWorker();
     UcxWorker(const UcxWorker &) = delete;
@@ -45,6 +48,13 @@ public:
     ucx::Ep Connect(const std::vector<std::uint8_t> &address, const ErrorHandler &handler);
     // False when the endpoint has failed. The bytes are kept until they are sent.
     bool Send(ucx::Ep ep, std::vector<std::uint8_t> bytes);
+    // Sends a head, which must stay until `done`, with bytes from where they lie. What it returns
+    // is UCX's: null when done already, without `done` being called.
+    ucx::StatusPtr SendPart(ucx::Ep ep, const UcxPartHead &head, const void *data,
+                            std::size_t bytes, ucx::SendCallback done, void *owner);
+    // As Send, of a head without bytes.
+    bool SendHead(ucx::Ep ep, const UcxPartHead &head);
+    void Free(void *request) const { api_.ucp_request_free(request); }
     // Ends an endpoint at once; what was under way over it ends with an error.
     void Close(ucx::Ep ep);
     // True when no closing of an endpoint, and nothing of one that failed, is left to progress.
@@ -53,11 +63,15 @@ public:
 private:
     static ucx::Status Received(void *self, const void *header, std::size_t header_length,
                                 void *data, std::size_t length, const ucx::AmRecvParam *param);
+    static ucx::Status ReceivedPart(void *self, const void *header, std::size_t header_length,
+                                    void *data, std::size_t length, const ucx::AmRecvParam *param);
+    bool Handle(unsigned id, ucx::AmRecvCallback callback);
     bool Done(ucx::StatusPtr request);
 
     const UcxLibrary &library_;
     const ucx::Functions &api_;
     const OnMessage on_message_;
+    const OnPart on_part_;
     ucx::Worker worker_ = nullptr;
     int event_fd_ = -1;
     int wake_fd_ = -1;

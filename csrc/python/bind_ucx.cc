@@ -173,7 +173,7 @@ void BindUcx(py::module_ &m) {
         .def(py::init([](std::string library, std::string tls, std::string net_devices,
                          double timeout, const py::bytes &secret, std::uint64_t epoch,
                          std::vector<std::pair<std::string, std::string>> settings, double spin,
-                         std::string modules) {
+                         std::string modules, bool one_sided) {
                  UcxOptions options;
                  options.library = std::move(library);
                  options.tls = std::move(tls);
@@ -184,6 +184,7 @@ void BindUcx(py::module_ &m) {
                  options.settings = std::move(settings);
                  options.spin = spin;
                  options.modules = std::move(modules);
+                 options.one_sided = one_sided;
                  if (!(timeout >= 0.01 && timeout <= 3600)) {
                      throw py::value_error("timeout must be from 0.01 to 3600 seconds");
                  }
@@ -197,7 +198,7 @@ void BindUcx(py::module_ &m) {
              }),
              "library"_a, "tls"_a, "net_devices"_a, "timeout"_a, "secret"_a, "epoch"_a,
              "settings"_a = std::vector<std::pair<std::string, std::string>>{}, "spin"_a = 50e-6,
-             "modules"_a = "")
+             "modules"_a = "", "one_sided"_a = false)
         .def_property_readonly("version", &UcxContext::version)
         .def_property_readonly("library", &UcxContext::library)
         .def("transports",

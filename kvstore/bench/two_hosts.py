@@ -184,6 +184,16 @@ class TwoHosts:
             _tool("ip", "-n", host.name, "address", "add", f"{host.address}/24", "dev", INTERFACE)
             _tool("ip", "-n", host.name, "link", "set", "lo", "up")
             host.set_link(True)
+        self._wait_until_up()
+
+    def _wait_until_up(self) -> None:
+        """The kernel tells of a carrier late, and UCX uses no device that has none."""
+        give_up = time.monotonic() + _TOOL_SECONDS
+        for host in self.hosts:
+            while "state UP" not in _tool("ip", "-n", host.name, "link", "show", INTERFACE):
+                if time.monotonic() > give_up:
+                    raise HostsUnavailableError(f"{host.name}: the link does not come up")
+                time.sleep(0.01)
 
     @property
     def hosts(self) -> tuple[Host, Host]:
@@ -206,6 +216,7 @@ class TwoHosts:
     def heal(self) -> None:
         """Joined, without loss and limit."""
         self.b.set_link(True)
+        self._wait_until_up()
         self.lose(0)
         self.limit(0)
 

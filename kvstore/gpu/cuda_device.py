@@ -11,9 +11,9 @@ import ctypes
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from ctypes import byref, c_int, c_size_t, c_uint, c_uint64, c_ulonglong, c_void_p
+from ctypes import byref, c_int, c_size_t, c_uint, c_uint64, c_void_p
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ import numpy.typing as npt
 from kvstore.errors import ConfigError, GpuError
 from kvstore.gpu import driver as cuda
 from kvstore.gpu.blocks import RUN_DTYPE
+from kvstore.gpu.cuda_memory import NEVER, CudaEvent, CudaMemory, CudaPlan, Slip
 from kvstore.gpu.device import (
     Addresses,
     BlockIds,
@@ -30,11 +31,10 @@ from kvstore.gpu.device import (
     wait_for,
     word_bytes,
 )
-from kvstore.gpu.driver import CudaCallError, Driver
+from kvstore.gpu.driver import Driver
+from kvstore.gpu.launches import THREADS, launch_shape, parameters_of
 from kvstore.gpu.modules import KERNELS, Compiler, cached_kernels
 
-THREADS = 256  # kThreads and kWords of csrc/cuda/block_copy.cu
-WORDS = 4
 _GRID_MAX = (1 << 31) - 1
 SLIPS_MAX = 64
 _SLIP_BYTES_MIN = 64 << 10  # 4,096 blocks: a prompt of 65,536 tokens
@@ -43,95 +43,6 @@ _SLIP_WAIT_SECONDS = 10.0
 _EACH_BYTES_MIN = 256 << 10
 _EACH_PIECES_MAX = 8
 _LEGACY_STREAM = 1  # 0 and 1 are the legacy default stream, which takes no batches
-
-
-class CudaEvent:
-    """See `kvstore.gpu.device.Event`. Its handle is used again when nobody refers to it."""
-
-    __slots__ = ("__weakref__", "_is_done", "device", "handle")
-
-    def __init__(self, device: CudaDevice, handle: int) -> None:
-        self.device = device
-        self.handle = handle
-        self._is_done = False
-
-    def done(self) -> bool:
-        if not self._is_done:
-            with self.device.current():
-                code = self.device.driver.try_call("cuEventQuery", self.handle)
-            if code not in (0, cuda.NOT_READY):
-                what = self.device.driver.describe(code)
-                raise CudaCallError(f"{self.device.name}: work on a stream failed: {what}", code)
-            self._is_done = code == 0
-        return self._is_done
-
-    def __del__(self) -> None:
-        self.device._recycle(self.handle)
-
-
-class CudaMemory:
-    """See `kvstore.gpu.device.Memory`."""
-
-    def __init__(self, device: CudaDevice, address: int, num_bytes: int) -> None:
-        self._device = device
-        self.address = address
-        self.num_bytes = num_bytes
-        self._closed = False
-
-    @property
-    def __cuda_array_interface__(self) -> dict[str, Any]:
-        """So that CuPy and torch can see it as an array of bytes."""
-        return {
-            "shape": (self.num_bytes,),
-            "typestr": "|u1",
-            "data": (self.address, False),
-            "version": 3,
-        }
-
-    def close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            with self._device.current():
-                self._device.driver.call("cuMemFree_v2", self.address)
-
-
-class _Plan:
-    """Runs, then the addresses of scattered blocks."""
-
-    def __init__(self, device: CudaDevice, table: RunTable) -> None:
-        self.table = table
-        rows = table.rows.view(np.uint8).ravel()
-        addresses = table.addresses.view(np.uint8).ravel()
-        self._memory = device.allocate(rows.size + addresses.size)
-        device.write(self._memory.address, np.concatenate((rows, addresses)))
-        self.runs = self._memory.address
-        self.scattered = self.runs + rows.size if addresses.size else 0
-
-    def close(self) -> None:
-        self._memory.close()
-
-
-class _Slip:
-    """Memory for what one launch is told: pinned, and its twin on the device."""
-
-    def __init__(self, device: CudaDevice, num_bytes: int) -> None:
-        self.memory = device.allocate(num_bytes)
-        pinned = c_void_p()
-        try:
-            with device.current():
-                device.driver.call("cuMemHostAlloc", byref(pinned), num_bytes, cuda.HOST_PORTABLE)
-        except BaseException:
-            self.memory.close()
-            raise
-        self.num_bytes = num_bytes
-        self.pinned = int(pinned.value or 0)
-        raw = (ctypes.c_uint64 * (num_bytes // 8)).from_address(self.pinned)
-        self.words: npt.NDArray[np.uint64] = np.ctypeslib.as_array(raw)
-        self.event: Event | None = None  # of the launch that uses it
-
-    def close(self, driver: Driver) -> None:
-        self.memory.close()
-        driver.try_call("cuMemFreeHost", self.pinned)
 
 
 class CudaDevice:
@@ -159,7 +70,7 @@ class CudaDevice:
         self._lock = threading.RLock()  # guards functions, module and slips
         self._functions: dict[str, c_void_p] = {}
         self._module = c_void_p()
-        self._slips: list[_Slip] = []
+        self._slips: list[Slip] = []
         self._events: list[int] = []  # handles that nobody uses
         self._closed = False
         number = c_int()
@@ -290,7 +201,7 @@ class CudaDevice:
         with self.current():
             self.driver.call("cuStreamWaitEvent", stream, handle, 0)
 
-    def _recycle(self, handle: int) -> None:
+    def recycle(self, handle: int) -> None:
         """Without the lock: garbage is collected anywhere, and lists are safe by themselves."""
         if self._closed:
             self.driver.try_call("cuEventDestroy_v2", handle)
@@ -299,8 +210,8 @@ class CudaDevice:
 
     # --- copies
 
-    def prepare(self, table: RunTable) -> _Plan:
-        return _Plan(self, table)
+    def prepare(self, table: RunTable) -> CudaPlan:
+        return CudaPlan(self, table)
 
     def gather(
         self,
@@ -331,7 +242,7 @@ class CudaDevice:
         stream: int,
         payload: tuple[int, int] | None,
     ) -> None:
-        assert isinstance(plan, _Plan)
+        assert isinstance(plan, CudaPlan)
         table = plan.table
         begin, end = payload or (0, table.block_bytes)
         shape = launch_shape(table.alignment, addresses, begin, end)
@@ -339,7 +250,7 @@ class CudaDevice:
             return
 
         def parameters(ids: int, blocks: int) -> tuple[Any, ...]:
-            return _parameters(
+            return parameters_of(
                 plan.runs, len(table.rows), plan.scattered, ids, blocks, (begin, end), shape.tiles
             )
 
@@ -356,7 +267,7 @@ class CudaDevice:
         assert shape is not None
 
         def parameters(runs: int, sources: int, ids: int, blocks: int) -> tuple[Any, ...]:
-            return _parameters(runs, 1, sources, ids, blocks, (0, size), shape.tiles)
+            return parameters_of(runs, 1, sources, ids, blocks, (0, size), shape.tiles)
 
         told = (row.view(np.uint64), from_, np.arange(len(to), dtype=np.uint64), to)
         self._run(f"kv_gather_{shape.width}", told, parameters, shape.tiles, stream)
@@ -384,7 +295,7 @@ class CudaDevice:
             at = slip.memory.address
             values = parameters(*(at + before for before in accumulate(sizes[:-1], initial=0)))
             pointers = (c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-            slip.event = _NEVER
+            slip.event = NEVER
             try:
                 self.driver.call("cuMemcpyAsync", at, slip.pinned, sum(sizes), stream)
                 shape = (grid, 1, 1, THREADS, 1, 1, 0)
@@ -407,7 +318,7 @@ class CudaDevice:
                         self._functions[kernel] = function
             return self._functions[name]
 
-    def _take_slip(self, num_bytes: int) -> _Slip:
+    def _take_slip(self, num_bytes: int) -> Slip:
         """A slip that no launch uses. REQUIRES: the lock."""
         fitting = [slip for slip in self._slips if slip.num_bytes >= num_bytes]
         for slip in fitting:
@@ -415,7 +326,7 @@ class CudaDevice:
                 return slip
         if len(self._slips) < SLIPS_MAX or not fitting:
             size = max(_SLIP_BYTES_MIN, 1 << (num_bytes - 1).bit_length())
-            slip = _Slip(self, size)
+            slip = Slip(self, size)
             self._slips.append(slip)
             return slip
         oldest = fitting[0]
@@ -473,50 +384,3 @@ class CudaDevice:
             if self._module:
                 self.driver.try_call("cuModuleUnload", self._module)
         self.driver.try_call("cuDevicePrimaryCtxRelease_v2", self._number)
-
-
-class Shape(NamedTuple):
-    """Of a launch: bytes of a word, and thread blocks for each block."""
-
-    width: int
-    tiles: int
-
-
-def launch_shape(alignment: int, addresses: Addresses, begin: int, end: int) -> Shape | None:
-    """How to copy payload bytes [begin, end) of the blocks at `addresses`; None: nothing to do."""
-    if len(addresses) == 0 or begin == end:
-        return None
-    width = word_bytes(alignment, begin, end, int(np.bitwise_or.reduce(addresses)))
-    return Shape(width, -(-(end - begin) // (width * THREADS * WORDS)))
-
-
-def _parameters(
-    runs: int,
-    num_runs: int,
-    table: int,
-    ids: int,
-    blocks: int,
-    payload: tuple[int, int],
-    tiles: int,
-) -> tuple[Any, ...]:
-    """The kernels' parameters, in their order and of their types."""
-    return (
-        c_void_p(runs),
-        c_uint(num_runs),
-        c_void_p(table),
-        c_void_p(ids),
-        c_void_p(blocks),
-        c_ulonglong(payload[0]),
-        c_ulonglong(payload[1]),
-        c_uint(tiles),
-    )
-
-
-class _Never:
-    """Of a slip whose launch could not be marked: it is not used again."""
-
-    def done(self) -> bool:
-        return False
-
-
-_NEVER = _Never()

@@ -39,6 +39,7 @@ PIECE_BYTES_MIN = 1 << 20
 PIECE_BYTES_FIRST = 4 << 20  # of a holder whose speed is not known
 PIECE_BYTES_MAX = 32 << 20
 PIECE_SECONDS = 0.05  # what one piece is to take: short enough to even out, long enough to pay
+_LAST_SECONDS = 0.01  # of the last ones: less would be more asking than reading
 READ_SECONDS = 2.0  # a holder that gives no sign for so long is given up for now
 _SLOWEST = 1 << 20  # bytes a second that are waited for
 _SETTLE_SECONDS = 0.5  # for a link that may still write, before its slots are set aside
@@ -212,7 +213,8 @@ class Flight:
         rest = (self._end - self._next) * self._slots.block_bytes
         others = sum(s.bytes_per_second for s in self._sources if self._limits.get(s.address))
         share = speed / others if speed else 1.0 / len(self._sources)
-        num_bytes = min(num_bytes, max(rest * share / LANES, PIECE_BYTES_MIN))
+        least = max(PIECE_BYTES_MIN, min(speed * _LAST_SECONDS, PIECE_BYTES_MAX))
+        num_bytes = min(num_bytes, max(rest * share / LANES, least))
         return max(1, int(num_bytes) // self._slots.block_bytes)
 
     def _fetch(self, source: Source, piece: Piece) -> None:

@@ -70,6 +70,7 @@ class Holder:
         self._link_epoch = 0
         self._link_after = 0.0  # monotonic: no link is tried before
         self.why_no_link = ""
+        self._closed = False  # no session or link is made any more
 
     @property
     def num_sessions(self) -> int:
@@ -128,14 +129,22 @@ class Holder:
                     raise
                 raise PeerUnavailableError(f"{self.address}: {error}") from error
             self._succeeded()
-        with self._lock:
-            self._sessions[key] = made
-            least = None
-            if len(self._sessions) > _SESSIONS_MAX:
-                _, least = self._sessions.popitem(last=False)
-        if least is not None:
-            least.close()
+        self._keep(key, made)
         return made
+
+    def _keep(self, key: tuple[str, bytes], made: PeerSession) -> None:
+        out: PeerSession | None = None  # which is closed
+        with self._lock:
+            if self._closed:
+                out = made
+            else:
+                self._sessions[key] = made
+                if len(self._sessions) > _SESSIONS_MAX:
+                    _, out = self._sessions.popitem(last=False)
+        if out is not None:
+            out.close()
+        if out is made:
+            raise PeerUnavailableError(f"{self.address}: it is not asked any more")
 
     def _known(self, key: tuple[str, bytes]) -> PeerSession | None:
         with self._lock:
@@ -165,6 +174,8 @@ class Holder:
             self.why_no_link = "it offers no endpoint"
             return None
         with self._link_lock:
+            if self._closed:
+                return None
             link = self._link
             info = EndpointInfo.decode(welcome.endpoint)
             if link is not None and link.is_alive and link.peer.epoch == info.epoch:
@@ -204,6 +215,7 @@ class Holder:
     def close(self, timeout: float) -> bool:
         """Return whether nothing of it writes into our memory any more."""
         with self._lock:
+            self._closed = True
             sessions = list(self._sessions.values())
             self._sessions.clear()
         for session in sessions:

@@ -18,6 +18,7 @@ from typing import Any
 
 import msgspec
 
+from kvstore.errors import StoreClosedError
 from kvstore.peers.fetcher import Fetcher
 from kvstore.peers.held import HeldBlocks
 from kvstore.peers.holders import Holders, Means
@@ -134,14 +135,20 @@ class LatePeers:
         self._epoch = epoch
         self._lock = threading.Lock()
         self._peers: Peers | None = None
+        self._closed = False
 
     def fetch(self, wanted: Wanted, holders: list[str], timeout: float) -> Future[int]:
         with self._lock:
+            if self._closed:
+                raise StoreClosedError("the store is closed")
             if self._peers is None:
                 self._peers = Peers(self._tiers, self._secret, epoch=self._epoch)
             peers = self._peers
         return peers.fetch(wanted, holders, timeout)
 
     def close(self, timeout: float) -> None:
-        if self._peers is not None:
-            self._peers.close(timeout)
+        with self._lock:
+            self._closed = True
+            peers = self._peers
+        if peers is not None:
+            peers.close(timeout)

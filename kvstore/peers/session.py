@@ -1,4 +1,4 @@
-"""PeerSession: a client of another daemon, for one tenant's namespace, proved by the peers' secret."""
+"""PeerSession: a client of another daemon that proved the peers' secret; one tenant's namespace."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import lmdb
 import numpy as np
 import numpy.typing as npt
 
@@ -167,6 +168,9 @@ class _Check:
                 self._payloads.check(segment, live)
             except OSError as error:
                 self.report.found("unreadable", segment.number, 0, f"{segment.path.name}: {error}")
+            except lmdb.Error as error:  # the walk over its leaves passed; its branches are damaged
+                detail = f"index: {error}; the store would rebuild it"
+                self.report.found("index", segment.number, 0, detail)
             used = segment.live_pages * PAGE_BYTES
             self.report.live_bytes += used
             self.report.unreferenced_bytes += max(0, segment.bytes - PAGE_BYTES - used)

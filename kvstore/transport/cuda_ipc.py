@@ -16,25 +16,29 @@ from __future__ import annotations
 
 import fcntl
 import os
-import select
 import threading
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
-from kvstore import _native
 from kvstore._native import CancelFlag
 from kvstore.errors import GpuError, IncompatibleError, PeerUnavailableError
 from kvstore.gpu.cuda_device import CudaDevice
 from kvstore.gpu.device import Event, poll_pauses
-from kvstore.gpu.driver import IPC_HANDLE_BYTES, Driver
+from kvstore.gpu.driver import Driver
 from kvstore.gpu.ipc import Imports, SharedEvent, export_memory
+from kvstore.transport.cuda_regions import (
+    Mapped,
+    RegionKey,
+    close_region,
+    joined,
+    open_region,
+    sums_of,
+)
+from kvstore.transport.processes import is_readable, start_of, try_lock
 from kvstore.transport.settings import TransportSettings
-from kvstore.transport.shm import start_of, try_lock
 from kvstore.transport.types import (
     Batch,
     EndpointInfo,
@@ -47,18 +51,6 @@ from kvstore.transport.types import (
 )
 
 _WATCH_SECONDS = 0.1  # how long after an owner's death its memory is closed, at most
-
-
-class _Key(msgspec.Struct, frozen=True, array_like=True):
-    """Where a region is. `fd`, `inode`: the file on which those who have it open hold a lock."""
-
-    uuid: bytes
-    handle: bytes
-    offset: int
-    allocation_bytes: int
-    event: bytes
-    fd: int
-    inode: int
 
 
 class _Info(msgspec.Struct, frozen=True, array_like=True):
@@ -114,7 +106,7 @@ class CudaIpcMover:
         with self._lock:
             self._served[region.region_id] = _Served(region, event, lock_file)
         return msgspec.msgpack.encode(
-            _Key(
+            RegionKey(
                 self.device.uuid,
                 exported.handle,
                 exported.offset,
@@ -150,7 +142,10 @@ class CudaIpcMover:
         return None if found is None else (found.region, found.event)
 
     def connect(self, peer: EndpointInfo, timeout: float) -> CudaIpcLink:
-        info = msgspec.msgpack.decode(peer.movers[self.name], type=_Info)
+        try:
+            info = msgspec.msgpack.decode(peer.movers[self.name], type=_Info)
+        except msgspec.MsgspecError as error:
+            raise IncompatibleError(f"cuda: what the peer says is none of ours: {error}") from error
         with _local_lock:
             neighbour = _local.get(peer.epoch)
         link = CudaIpcLink(self, peer, info.started, neighbour)
@@ -190,18 +185,6 @@ class CudaIpcMover:
         self.device.close()
 
 
-@dataclass(frozen=True, slots=True)
-class _Mapped:
-    """A peer's region, here."""
-
-    address: int
-    num_bytes: int
-    writable: bool
-    event: SharedEvent
-    handle: bytes = b""  # b"": of this process
-    fd: int = -1  # holds our lock
-
-
 class CudaIpcLink:
     """See `kvstore.transport.mover.MoverLink`."""
 
@@ -214,7 +197,7 @@ class CudaIpcLink:
         self._pid = peer.pid
         self._pidfd = -1
         self._lock = threading.Lock()  # guards all below
-        self._regions: dict[int, _Mapped] = {}
+        self._regions: dict[int, Mapped] = {}
         self._moving: dict[int, Event | None] = {}  # None: being enqueued
         self._next_move = 0
         self._closed = False
@@ -246,75 +229,31 @@ class CudaIpcLink:
             return self._neighbour._closing.is_set()
         if self._pidfd < 0:
             return True
-        poll: Any = select.poll()
-        poll.register(self._pidfd, select.POLLIN)
-        return bool(poll.poll(0))
+        return is_readable(self._pidfd)
 
     def open(self, region: RegionInfo) -> None:
-        key = msgspec.msgpack.decode(region.keys["cuda"], type=_Key)
+        try:
+            key = msgspec.msgpack.decode(region.keys["cuda"], type=RegionKey)
+        except msgspec.MsgspecError as error:
+            raise IncompatibleError(f"cuda: region {region.region_id}: no key: {error}") from error
         if self._neighbour is not None:
             found = self._neighbour.served(region.region_id)
             if found is None:
                 raise PeerUnavailableError(f"cuda: region {region.region_id} is served no more")
-            mapped = _Mapped(region.address, region.num_bytes, region.writable, found[1])
+            mapped = Mapped(region.address, region.num_bytes, region.writable, found[1])
         else:
-            mapped = self._map(region, key)
+            try:
+                mapped = open_region(self._device, self._mover.imports, self._pid, region, key)
+            except GpuError as error:
+                if self.is_alive:
+                    raise IncompatibleError(f"cuda: region {region.region_id}: {error}") from error
+                raise PeerUnavailableError(f"cuda: process {self._pid} has gone") from error
         with self._lock:
             if not self._closed:
                 self._regions[region.region_id] = mapped
                 return
-        self._unmap(mapped)
+        close_region(self._mover.imports, mapped)
         raise PeerUnavailableError("cuda: the link is closed")
-
-    def _map(self, region: RegionInfo, key: _Key) -> _Mapped:
-        if len(key.handle) != IPC_HANDLE_BYTES or len(key.event) != IPC_HANDLE_BYTES:
-            raise IncompatibleError(f"cuda: region {region.region_id} has no handle")
-        if key.offset < 0 or key.offset + region.num_bytes > key.allocation_bytes:
-            raise IncompatibleError(f"cuda: region {region.region_id} leaves its allocation")
-        fd = self._hold(region, key)
-        try:
-            base = self._mover.imports.open(key.handle)
-            try:
-                event = SharedEvent(self._device, key.event)
-            except BaseException:
-                self._mover.imports.close(key.handle)
-                raise
-        except GpuError as error:
-            os.close(fd)
-            if self.is_alive:
-                raise IncompatibleError(f"cuda: region {region.region_id}: {error}") from error
-            raise PeerUnavailableError(f"cuda: process {self._pid} has gone") from error
-        except BaseException:
-            os.close(fd)
-            raise
-        return _Mapped(base + key.offset, region.num_bytes, region.writable, event, key.handle, fd)
-
-    def _hold(self, region: RegionInfo, key: _Key) -> int:
-        """Tell the owner that we have it open, by a lock on its file; return our descriptor."""
-        path = f"/proc/{self._pid}/fd/{key.fd}"
-        gone = f"cuda: region {region.region_id} of process {self._pid} is served no more"
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise PeerUnavailableError(f"{gone}: {error.strerror}") from error
-        try:
-            if os.fstat(fd).st_ino != key.inode or not try_lock(fd, fcntl.LOCK_SH):
-                raise PeerUnavailableError(gone)
-            if os.stat(path).st_ino != key.inode:  # closed before we had the lock
-                raise PeerUnavailableError(gone)
-        except OSError as error:
-            os.close(fd)
-            raise PeerUnavailableError(gone) from error
-        except BaseException:
-            os.close(fd)
-            raise
-        return fd
-
-    def _unmap(self, mapped: _Mapped) -> None:
-        if mapped.handle:
-            mapped.event.close()
-            self._mover.imports.close(mapped.handle)
-            os.close(mapped.fd)
 
     # --- moving
 
@@ -358,8 +297,8 @@ class CudaIpcLink:
                 self._sweep()
         return statuses
 
-    def _enqueue(self, mapped: _Mapped, batch: Batch, owners: U64s, is_read: bool) -> Event:
-        ours, theirs, sizes = _joined(batch, owners)
+    def _enqueue(self, mapped: Mapped, batch: Batch, owners: U64s, is_read: bool) -> Event:
+        ours, theirs, sizes = joined(batch, owners)
         theirs = theirs + np.uint64(mapped.address)
         to, source = (ours, theirs) if is_read else (theirs, ours)
         mapped.event.wait_on(self._stream)
@@ -408,20 +347,8 @@ class CudaIpcLink:
             return all_of(Status.LOST, len(batch))
         statuses = all_of(Status.OK, len(batch))
         if is_read and batch.checksums is not None:
-            statuses[self._sums(batch) != batch.checksums] = Status.DAMAGED
+            statuses[sums_of(self._device, batch) != batch.checksums] = Status.DAMAGED
         return statuses
-
-    def _sums(self, batch: Batch) -> npt.NDArray[np.uint64]:
-        """By the CPU, so of GPU memory through a copy: for those who ask for it."""
-        sums = []
-        for address, size in zip(
-            batch.local_addresses.tolist(), batch.lengths.tolist(), strict=True
-        ):
-            if self._device.owns(address):
-                sums.append(_native.xxh3(self._device.read(address, size)))
-            else:
-                sums.append(_native.checksum(address, size))
-        return np.array(sums, np.uint64)
 
     # --- ending
 
@@ -450,7 +377,7 @@ class CudaIpcLink:
         if not self._let_go:
             self._let_go = True
             for mapped in self._regions.values():
-                self._unmap(mapped)
+                close_region(self._mover.imports, mapped)
             self._regions.clear()
             self._device.close_stream(self._stream)
             if self._pidfd >= 0:
@@ -470,14 +397,3 @@ class CudaIpcLink:
             time.sleep(1e-3)
         self._mover.forget(self)
         return True
-
-
-def _joined(batch: Batch, owners: U64s) -> tuple[U64s, U64s, U64s]:
-    """Local addresses, remote offsets and lengths, with neighbours made one: theirs are of one
-    allocation, and ours where `owners` are the same."""
-    ours, theirs, sizes = batch.local_addresses, batch.remote_offsets, batch.lengths
-    follows = (ours[:-1] + sizes[:-1] == ours[1:]) & (theirs[:-1] + sizes[:-1] == theirs[1:])
-    starts = np.flatnonzero(np.concatenate(([True], ~(follows & (owners[:-1] == owners[1:])))))
-    if len(ours) == 0:
-        return ours, theirs, sizes
-    return ours[starts], theirs[starts], np.add.reduceat(sizes, starts)

@@ -271,6 +271,10 @@ class Endpoint:
                 failure = error
                 reasons.append(f"{choice.mover}: {error}")
                 continue
+            except BaseException:
+                if link is not None:
+                    link.close()
+                raise
             return link
         said = "; ".join(reasons)
         if isinstance(failure, DeadlineExceededError):

@@ -7,7 +7,7 @@ way round. The peer's process does nothing for it but serve its memory.
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import msgspec
 import numpy as np
@@ -36,6 +36,11 @@ class Status(IntEnum):
     CANCELLED = 5
 
 
+# Of what peers say; no sum of two of them overflows.
+Natural: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
+Positive: TypeAlias = Annotated[int, msgspec.Meta(gt=0, lt=1 << 62)]
+
+
 class Region(msgspec.Struct, frozen=True):
     """Memory of this process that peers may read, or write too."""
 
@@ -48,9 +53,9 @@ class Region(msgspec.Struct, frozen=True):
 class RegionInfo(msgspec.Struct, frozen=True):
     """What a peer must know of a region. `keys`: what each mover that can move it needs."""
 
-    region_id: int
-    address: int
-    num_bytes: int
+    region_id: Natural
+    address: Natural
+    num_bytes: Positive
     writable: bool
     keys: dict[str, bytes] = {}
 
@@ -64,8 +69,8 @@ class EndpointInfo(msgspec.Struct, frozen=True):
 
     version: int
     boot_id: str
-    epoch: int
-    pid: int
+    epoch: Annotated[int, msgspec.Meta(ge=0)]
+    pid: Annotated[int, msgspec.Meta(gt=0, lt=1 << 31)]
     pid_namespace: str
     has_rdma: bool
     movers: dict[str, bytes]

@@ -1,12 +1,14 @@
-"""UCX: one-sided reads and writes by RDMA, or over TCP where that was asked for.
+"""UCX: one-sided reads and writes by RDMA, or messages over TCP where that was asked for.
 
 libucp is loaded at run time (`ucx_library`); the rest is csrc/net/ucx_*. For those who use it:
 
-- A peer gets a region's key over its link only, after it proved that it knows the secret; the key
-  is asked back when the region goes. `deregister` is True when all of them are back, or their
-  holders gone: until then memory must stay mapped, since UCX over TCP reads any address.
-- For the same reason UCX over TCP belongs on a network that is trusted: whoever reaches its port
-  can read and write this process's memory without a key. It is used only when asked for by name.
+- By RDMA a peer gets a region's key over its link only, after it proved that it knows the secret;
+  the key is asked back when the region goes. `deregister` is True when all of them are back, or
+  their holders gone: until then memory must stay mapped.
+- Over TCP UCX would emulate one-sided moves in software: a target then dies of a peer that goes
+  away in the middle, and follows any address. So bytes go by messages there, which we check.
+- UCX over TCP belongs on a network that is trusted all the same: whoever reaches its port can ask
+  UCX itself for this process's memory, without a key. It is used only when asked for by name.
 - As long as a link is alive after a move, local memory is settled; else it is once `close` said so.
 """
 
@@ -68,6 +70,7 @@ class UcxMover:
                 secret,
                 epoch,
                 modules=library.allowed_modules,
+                one_sided=devices.has_rdma,
             )
         except RuntimeError as error:
             raise IncompatibleError(f"ucx: {error}") from error

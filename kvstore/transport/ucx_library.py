@@ -24,6 +24,7 @@ from kvstore import _native
 from kvstore.config_sources import ucx_library_from_environment
 from kvstore.errors import ConfigError, IncompatibleError
 
+_MODULE = "kvstore.transport.ucx_library"  # also where it runs as __main__
 _PROBE_SECONDS = 20.0
 _SYSTEM_DIRECTORIES = (
     "/usr/lib64",
@@ -59,9 +60,9 @@ class UcxLibrary:
         NIXL's wheel has a module for EFA without the library that it needs. It takes the system's,
         which brings second copies of libibverbs and libnl, and the process crashes when it exits.
         """
-        if self.origin == "nixl" and not any(Path(self.path).parent.glob("libefa*")):
-            return "^efa"
-        return ""
+        directory = Path(self.path).parent
+        is_wheel = directory.name.startswith("nixl_cu")
+        return "^efa" if is_wheel and not any(directory.glob("libefa*")) else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +149,7 @@ def probe(library: UcxLibrary) -> UcxReport:
     """Load a libucp in another process, since this one can load only one, and ask it."""
     if library.problem:
         return UcxReport(library.path, library.origin, problem=library.problem)
-    command = [sys.executable, "-m", __name__, library.path, library.allowed_modules]
+    command = [sys.executable, "-m", _MODULE, library.path, library.allowed_modules]
     try:
         done = subprocess.run(
             command, capture_output=True, timeout=_PROBE_SECONDS, check=False, text=True

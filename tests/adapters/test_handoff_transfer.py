@@ -262,14 +262,19 @@ def test_kv_zeroed_after_the_check_changes_tokens(
 ) -> None:
     router = make_router(direction)
     pool = router.decode.worker._model.pool
-    real = handoff_transfer._Incoming.wait
+    real, hold = handoff_transfer._Incoming.wait, router.decode.handoff._hold
+    received: list[int] = []
+
+    def remember(handoff_id: str, pages: Any) -> None:
+        received.extend(pages)
+        hold(handoff_id, pages)
 
     def wait(self: Any) -> int:
         loaded = real(self)
-        for pages in router.decode.handoff._held.values():
-            pool[pages] = 0
+        pool[received] = 0
         return loaded
 
+    monkeypatch.setattr(router.decode.handoff, "_hold", remember)
     monkeypatch.setattr(handoff_transfer._Incoming, "wait", wait)
     monkeypatch.setattr(handoff_transfer._Incoming, "layers_ready", lambda self: 0)
     request = REQUESTS[-1]

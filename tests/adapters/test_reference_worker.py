@@ -156,7 +156,7 @@ class DictTransfer:
 
 
 def new_worker(
-    model: checkpoint.Checkpoint, transfer: Any = None, clock: Any = None, **changes: int
+    model: checkpoint.Checkpoint, transfer: Any = None, clock: Any = None, **changes: Any
 ) -> ReferenceWorker:
     chosen = WorkerSettings(**({"page_tokens": PAGE_TOKENS, "num_pages": 96} | changes))
     if clock is not None:
@@ -401,7 +401,7 @@ def test_bad_request_is_refused_and_harms_no_other(
 @pytest.mark.parametrize("name", ["page_tokens", "num_pages", "sequences_max", "batch_tokens_max"])
 def test_bad_setting_is_named(name: str) -> None:
     with pytest.raises(ConfigError, match=name):
-        WorkerSettings(**{name: 0})
+        WorkerSettings(**{name: 0})  # type: ignore[arg-type]
 
 
 class PagePoolModel(RuleBasedStateMachine):

@@ -16,12 +16,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from kvstore import BlockSpec, PieceBuffers
-from kvstore.gpu import CudaDevice, Device
+from kvstore.gpu import CudaDevice, Device, DeviceBlocks
 from kvstore.gpu.blocks import run_table
-from kvstore.gpu.cuda_device import THREADS, WORDS, launch_shape
 from kvstore.gpu.device import word_bytes
+from kvstore.gpu.launches import THREADS, WORDS, launch_shape
 from tests.gpu.fake_cuda import FakeCuda
-from tests.gpu.support import Shadow, finish, u64
+from tests.gpu.support import Shadow, View, finish, u64
 from tests.layout_support import CASES, LAYOUTS, SHAPES, UINTS, Layout, spec_of
 
 
@@ -137,6 +137,28 @@ def test_scattered_blocks_are_copied_exactly(cuda: CudaDevice) -> None:
         for memory in (engine, out, plan):
             memory.close()
         cuda.close_stream(stream)
+
+
+def test_ends_near_those_of_tiles_are_exact(cuda: CudaDevice) -> None:
+    """A tile of single bytes is 1,024 of them."""
+    size, tile = 2100, THREADS * WORDS
+    rng = np.random.default_rng(4)
+    data = rng.integers(0, 256, 2 * size, dtype=np.uint8)
+    source, target = cuda.allocate(2 * size), cuda.allocate(2 * size + 1)
+    cuda.write(source.address, data)
+    blocks = DeviceBlocks.contiguous(cuda, View(source.address, (2, size)))
+    stream = cuda.new_stream()
+    addresses = u64(target.address + 1 + size * np.arange(2))
+    for end in (*range(tile - 20, tile + 20), *range(2 * tile - 20, 2 * tile + 20)):
+        want = rng.integers(0, 256, 2 * size + 1, dtype=np.uint8)
+        cuda.write(target.address, want)
+        cuda.gather(blocks.prepared, np.array([1, 0]), addresses, stream, (0, end))
+        finish(cuda.record(stream))
+        want[1 : 1 + end], want[1 + size : 1 + size + end] = data[size : size + end], data[:end]
+        assert np.array_equal(cuda.read(target.address, 2 * size + 1), want), end
+    for memory in (blocks, source, target):
+        memory.close()
+    cuda.close_stream(stream)
 
 
 def test_words_are_as_wide_as_everything_allows() -> None:

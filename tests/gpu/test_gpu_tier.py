@@ -313,7 +313,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(on=st.integers(0, 2), steps=st.integers(1, 6))
     def run(self, on: int, steps: int) -> None:
-        streams = [*self.streams, self.tier._out]
+        streams = [*self.streams, self.tier._pool.out]
         for _ in range(steps):
             self.device.advance(streams[on])
 
@@ -355,7 +355,7 @@ class Machine(RuleBasedStateMachine):
         hashes = self.chain(0, 8)
         load(self.store, hashes)
         assert self.tier.close(WAIT_S)
-        assert not self.tier._table._uses.any(), "every use has ended"
+        assert not self.tier._pool.table._uses.any(), "every use has ended"
         self.store.close()
 
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from kvstore.cli import build_app
 from kvstore.config import DaemonConfig
 from kvstore.errors import KVStoreError, PeerUnavailableError
-from kvstore.ops.checks import CHECKS, Context, memory_limit
+from kvstore.ops.checks import CHECKS, Context, Verdict, check_peers, memory_limit
 from kvstore.ops.doctor import examine
 from kvstore.ops.probes import UNLIMITED, PathInfo, Probes
 from kvstore.ops.transport_checks import TRANSPORT_CHECKS
@@ -246,6 +246,24 @@ def test_a_peer_is_reached_only_with_a_token() -> None:
     where = dataclasses.replace(context(), peer="tcp:10.0.0.2:9471")
     verdict = examine(Machine(), where)["peer"]
     assert (verdict.level, "peer_token" in verdict.found) == ("fail", True)
+
+
+def test_peers_need_a_secret_that_is_private_and_a_host_that_others_reach(tmp_path: Path) -> None:
+    def verdict(**settings: Any) -> Verdict:
+        config = DaemonConfig(listen=f"unix:{tmp_path}/s", **settings)
+        return check_peers(Probes(), Context(config))
+
+    secret = tmp_path / "peers"
+    assert verdict().level == "ok"
+    assert verdict(peer_token=str(secret)).level == "fail"
+    secret.touch(0o600)
+    secret.write_text("x" * 32)
+    assert verdict(peer_token=str(secret)).level == "warn"
+    assert verdict(peer_token=str(secret), tcp="10.0.0.1:9471").level == "ok"
+    assert verdict(peer_token=str(secret), peer_listen="10.0.0.1").level == "ok"
+    assert "RDMA" in verdict(peer_token=str(secret), peer_require_rdma=True).found
+    secret.chmod(0o644)
+    assert verdict(peer_token=str(secret)).level == "fail"
 
 
 def test_doctor_on_this_machine(tmp_path: Path) -> None:

@@ -19,13 +19,15 @@ from tests.daemon.daemon_support import Daemon, clean_up
 from tests.transport.peers_support import (
     NAMESPACE,
     client_of,
+    fetched,
     loaded,
     metrics,
     put,
     serving,
     token,
+    wait_until,
 )
-from tests.transport.test_peer_fetch import fetched, peer_address, wait_until
+from tests.transport.test_peer_fetch import peer_address
 
 ADDRESS = "fd77::1"  # of the interface under the RDMA device
 SECONDS = 60.0  # of calls: this machine is emulated

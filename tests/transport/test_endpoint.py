@@ -145,7 +145,7 @@ def test_a_link_with_faults_is_honest_about_them() -> None:
             link = FaultyLink(inner, faults)
             here = np.zeros_like(there)
             batch = Batch(offsets + here.ctypes.data, offsets, 1024, sums)
-            statuses = link.read(region.region_id, batch, 0.05, None)
+            statuses = link.read(region.region_id, batch, 0.5, None)
             assert {0, Status.DAMAGED, Status.LATE} == set(statuses.tolist())
             assert faults.struck == np.count_nonzero(statuses)
             for at, status in zip(offsets, statuses, strict=True):

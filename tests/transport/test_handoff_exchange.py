@@ -23,12 +23,15 @@ from kvstore.transport import Endpoint, SharedMemory, TransportSettings
 from kvstore.transport.handoff import (
     Direction,
     Exchange,
+    Failed,
     HandoffMessage,
     Incoming,
     Layout,
     Links,
     Party,
     Ready,
+    Receiver,
+    Sender,
     Wire,
 )
 from kvstore.transport.handoff.wire import Slots
@@ -133,6 +136,35 @@ def test_bytes_go_from_pool_to_pool(sides: Callable[..., Pair], direction: Direc
     size = BLOCKS * SPEC.block_bytes
     assert (sent.sent, received.received, received.received_bytes) == (1, 1, size)
     assert (sent + received).moved_bytes == {"shm": size}
+
+
+def test_an_error_in_one_hand_off_does_not_end_the_others(
+    sides: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One thread drives all of them."""
+    sender, receiver = pair = sides()
+    for kind in (Sender, Receiver):
+        monkeypatch.setattr(kind, "poll", raising_for_one_block(kind.poll))
+    sender.exchange.open_sender("bad", Direction.PULL, 1, lease_s=60.0)
+    failed = receiver.exchange.open_receiver("bad", Direction.PUSH, [0])
+    assert failed.wait(20.0)
+    assert failed.failure == "an error in the receiver"
+    incoming = hand_off(pair, Direction.PUSH)
+    assert (incoming.failure, incoming.blocks_ready) == ("", BLOCKS)
+    for side in pair:
+        side.wait_settled()  # of the good one: nobody knows who uses the other's pages
+    assert Failed("an error in the sender") in sender.said
+    assert "hand-off bad" in caplog.text
+
+
+def raising_for_one_block(poll: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def poll_or_raise(party: Any) -> Any:
+        blocks = party._num_blocks if isinstance(party, Sender) else len(party._pages)
+        if blocks == 1:
+            raise RuntimeError("a fault")
+        return poll(party)
+
+    return poll_or_raise
 
 
 @pytest.mark.parametrize("direction", Direction)

@@ -32,6 +32,7 @@ from kvstore.errors import (
     PeerUnavailableError,
 )
 from kvstore.peers import flight
+from kvstore.peers.holders import Holder, Means
 from kvstore.transport import MOVERS, Endpoint
 from tests.daemon.daemon_support import Daemon, clean_up
 from tests.transport.peers_support import (
@@ -507,3 +508,19 @@ def test_rdma_can_be_required(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         with pytest.raises(_native.RemoteError, match="may not read"):
             connection.read(lease, 0, addresses, SIZE, SECONDS)
         connection.close()
+
+
+def test_a_holder_that_was_left_makes_nothing_that_nobody_closes(tmp_path: Path) -> None:
+    """A lane may still use a holder that had to leave for others."""
+    with serving(tmp_path, "theirs") as theirs, Endpoint() as endpoint:
+        with client_of(theirs) as client:
+            put(client, 1, 1)
+        means = Means(endpoint, SECRET.encode(), lambda epoch: epoch, None, False, 1)
+        holder = Holder(address_of(theirs), means)
+        session = holder.session("", NAMESPACE)
+        holder.close(5.0)
+        assert session.is_lost
+        assert holder.link(session.welcome, 1.0) is None
+        with pytest.raises(PeerUnavailableError, match="not asked any more"):
+            holder.session("", NAMESPACE)
+        assert holder.num_sessions == 0

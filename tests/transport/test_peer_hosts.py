@@ -22,7 +22,7 @@ SLACK = 6.0  # a call under way at the deadline, on a busy machine
 
 @contextlib.contextmanager
 def daemon_on(host: Host, directory: Path, *flags: str) -> Iterator[Daemon]:
-    home = directory / host.name
+    home = directory / host.name[-1]  # a socket's path is short
     home.mkdir()
     peers = ("--peer-token", token(home), "--tcp", f"{host.address}:{PORT}", "--hold-seconds", "0")
     daemon = Daemon(home, *peers, *flags, prefix=host.command())

@@ -1,71 +1,69 @@
-"""What UCX adds to the contract of movers: a library found at run time or a clear reason why not,
-keys that are handed back, memory that is settled or said not to be, and a process left as it was.
+"""What UCX adds to the contract of movers: readers that take no server with them when they die,
+keys that are handed back, memory that is settled or said not to be, peers that die.
 
 Two contexts of one process stand for two endpoints; what must not harm a process runs in one of its
-own. Peers are killed and frozen. `test_ucx_libraries.py` runs this over every libucp there is.
+own. One-sided moves, which are for RDMA, run over TCP here, where UCX emulates them. Peers are
+killed and frozen. `test_ucx_libraries.py` runs this over every libucp there is.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pytest
 
-from kvstore import ConfigError, IncompatibleError, _native
-from kvstore.errors import KVStoreError, PeerUnavailableError
+from kvstore import IncompatibleError, _native
+from kvstore.errors import PeerUnavailableError
 from kvstore.transport import (
     Batch,
     Endpoint,
     RegionInfo,
     Status,
     TransportSettings,
-    ucx_devices,
-    ucx_library,
 )
-from kvstore.transport.ucx import UcxMover
+from kvstore.transport.ucx import UcxInfo
 from tests.transport.peer import Peer, pattern
+from tests.transport.ucx_support import ROOT, SECRET, library, run_python
 
-SECRET = bytes(range(32))
 SIZE = 1 << 20
 TIMEOUT = 1.0
 SLACK = 4.0  # for a loaded machine
-ROOT = Path(__file__).parents[2]
 ONLY_UCX = TransportSettings(movers=("ucx",), timeout=TIMEOUT)
 
 
-def library() -> ucx_library.UcxLibrary:
-    try:
-        return ucx_library.find()
-    except KVStoreError as error:
-        pytest.skip(str(error))
-
-
-def make(epoch: int = 7, secret: bytes = SECRET, timeout: float = TIMEOUT) -> _native.UcxContext:
+def make(epoch: int = 7, one_sided: bool = False) -> _native.UcxContext:
     found = library()
+    modules = found.allowed_modules
     return _native.UcxContext(
-        found.path, "tcp", "lo", timeout, secret, epoch, modules=found.allowed_modules
+        found.path, "tcp", "lo", TIMEOUT, SECRET, epoch, modules=modules, one_sided=one_sided
     )
 
 
+@pytest.fixture(params=[False, True], ids=["messages", "one_sided"])
+def one_sided(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
 @pytest.fixture
-def ours() -> Iterator[_native.UcxContext]:
-    made = make()
+def ours(one_sided: bool) -> Iterator[_native.UcxContext]:
+    made = make(one_sided=one_sided)
     yield made
     made.close()
 
 
 @pytest.fixture
-def theirs() -> Iterator[_native.UcxContext]:
-    made = make(epoch=8)
+def theirs(one_sided: bool) -> Iterator[_native.UcxContext]:
+    made = make(epoch=8, one_sided=one_sided)
     yield made
     made.close()
 
@@ -99,18 +97,6 @@ def read(
     return Status(status)
 
 
-def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """In a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), *arguments],
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-        timeout=60,
-        check=False,
-    )
-
-
 # --- keys
 
 
@@ -131,17 +117,19 @@ def test_a_key_comes_back_before_the_region_is_gone(
     assert link.is_alive()
 
 
-def test_a_stale_key_reaches_no_memory_and_kills_nobody() -> None:
-    """UCX over TCP reads whatever it is asked for: a server of which memory was unmapped would die,
-    were it asked."""
+def test_memory_that_is_gone_is_not_touched(one_sided: bool) -> None:
+    """One-sided UCX over TCP reads whatever it is asked for: a server of which memory was unmapped
+    would die, were it asked."""
     found = library()
     code = """
         import mmap, sys
         import numpy as np
         from kvstore import _native
-        path, modules = sys.argv[1:]
+        path, modules, mode = sys.argv[1:]
         def make(epoch):
-            return _native.UcxContext(path, "tcp", "lo", 2.0, b"s" * 32, epoch, modules=modules)
+            return _native.UcxContext(
+                path, "tcp", "lo", 2.0, b"s" * 32, epoch, modules=modules, one_sided=bool(mode)
+            )
         server, client = make(1), make(2)
         memory = mmap.mmap(-1, 1 << 20)
         address = np.frombuffer(memory, np.uint8).ctypes.data
@@ -158,48 +146,101 @@ def test_a_stale_key_reaches_no_memory_and_kills_nobody() -> None:
         assert read() == 2
         print("alive", link.is_alive(), server.num_peers())
     """
-    done = run_python(code, found.path, found.allowed_modules)
+    done = run_python(code, found.path, found.allowed_modules, "yes" if one_sided else "")
     assert (done.returncode, done.stdout) == (0, "alive True 1\n"), done.stderr
 
 
-HOLDER = """
+# A peer that obeys: "address" tells where it is; "read ADDRESS SIZE" reads a region, once.
+PEER = """
     import sys
     import numpy as np
     from kvstore import _native
-    path, modules, address = sys.argv[1:]
-    client = _native.UcxContext(path, "tcp", "lo", 2.0, bytes(range(32)), 9, modules=modules)
-    link = client.connect(bytes.fromhex(address), 7, bytes(range(32)), 10.0)
-    here = np.zeros(64, np.uint8)
-    zero, size = np.zeros(1, np.uint64), np.full(1, 64, np.uint64)
-    print(link.read(1, zero, np.array([here.ctypes.data], np.uint64), size, None, 10.0), flush=True)
-    sys.stdin.read()
+    path, modules, mode = sys.argv[1:]
+    context = _native.UcxContext(
+        path, "tcp", "lo", 1.0, bytes(range(32)), 9, modules=modules, one_sided=bool(mode)
+    )
+    memory = np.zeros(32 << 20, np.uint8)
+    context.register(1, memory.ctypes.data, memory.nbytes, False)
+    here, zero = np.zeros(32 << 20, np.uint8), np.zeros(1, np.uint64)
+    for line in sys.stdin:
+        do, *arguments = line.split()
+        if do == "address":
+            print(context.address().hex(), flush=True)
+        else:
+            link = context.connect(bytes.fromhex(arguments[0]), 7, bytes(range(32)), 10.0)
+            where = np.array([here.ctypes.data], np.uint64)
+            size = np.array([int(arguments[1])], np.uint64)
+            print(link.read(1, zero, where, size, None, 10.0), flush=True)
 """
 
 
-def test_memory_is_kept_while_a_frozen_peer_has_its_key(ours: _native.UcxContext) -> None:
+class Obedient:
+    def __init__(self, one_sided: bool) -> None:
+        found = library()
+        arguments = [found.path, found.allowed_modules, "yes" if one_sided else ""]
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(PEER), *arguments],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def tell(self, *words: object) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(" ".join(map(str, words)) + "\n")
+        self.process.stdin.flush()
+
+    def says(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture
+def obedient(one_sided: bool) -> Iterator[Obedient]:
+    made = Obedient(one_sided)
+    yield made
+    made.end()
+
+
+@pytest.mark.parametrize("one_sided", [True], indirect=True)
+def test_memory_is_kept_while_a_frozen_peer_has_its_key(
+    ours: _native.UcxContext, obedient: Obedient
+) -> None:
     there = pattern(2, SIZE)
     ours.register(1, there.ctypes.data, SIZE, True)
-    found = library()
-    arguments = [found.path, found.allowed_modules, ours.address().hex()]
-    with subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(HOLDER), *arguments],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    ) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == b"[0]\n"
-        os.kill(holder.pid, 19)  # SIGSTOP
-        began = time.monotonic()
-        assert not ours.deregister(1, 0.2)
-        assert time.monotonic() - began < 0.2 + SLACK
-        holder.kill()
-        assert ours.deregister(1, TIMEOUT + SLACK), "who is dead uses no key"
+    obedient.tell("read", ours.address().hex(), 64)
+    assert obedient.says() == "[0]"
+    obedient.process.send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+    assert not ours.deregister(1, 0.2)
+    assert time.monotonic() - began < 0.2 + SLACK
+    obedient.process.kill()
+    assert ours.deregister(1, TIMEOUT + SLACK), "who is dead uses no key"
+
+
+@pytest.mark.parametrize("one_sided", [False], indirect=True)
+def test_a_frozen_peer_keeps_no_memory_that_it_asked_for(
+    ours: _native.UcxContext, obedient: Obedient
+) -> None:
+    there = pattern(2, 32 << 20)
+    ours.register(1, there.ctypes.data, there.nbytes, True)
+    obedient.tell("read", ours.address().hex(), there.nbytes)
+    give_up = time.monotonic() + SLACK
+    while ours.num_peers() == 0 and time.monotonic() < give_up:
+        pass
+    obedient.process.send_signal(signal.SIGSTOP)
+    assert ours.deregister(1, 1.0), "it is cut off"
 
 
 # --- who may
 
 
+@pytest.mark.parametrize("one_sided", [False], indirect=True)
 def test_another_epoch_or_secret_is_refused(
     ours: _native.UcxContext, theirs: _native.UcxContext
 ) -> None:
@@ -229,7 +270,7 @@ def test_a_peer_of_the_mover_is_described_by_what_it_says(endpoint: Endpoint, pe
 
 def test_a_killed_peer_is_noticed_by_an_idle_link(endpoint: Endpoint, peer: Peer) -> None:
     peer.register(SIZE)
-    link = endpoint.connect(peer.info(), movers=("ucx",))
+    link = endpoint.connect(peer.info(), movers=("ucx",), timeout=10.0)
     peer.kill()
     give_up = time.monotonic() + SLACK
     while link.is_alive and time.monotonic() < give_up:
@@ -245,37 +286,94 @@ def peer_region() -> RegionInfo:
     return RegionInfo(1, 4096, 4096, False, {"ucx": b""})
 
 
-def test_a_move_that_a_frozen_peer_holds_up_leaves_memory_unsettled_until_the_link_is_closed(
-    endpoint: Endpoint, peer: Peer
-) -> None:
+def test_memory_is_settled_when_a_move_by_messages_ended(endpoint: Endpoint, peer: Peer) -> None:
     size = 16 << 20
     region = peer.register(size, seed=3)
-    here = np.zeros(size, np.uint8)
-    link = endpoint.connect(peer.info(), movers=("ucx",))
-    batch = Batch([here.ctypes.data], [0], size)
-    assert link.read(region.region_id, batch).tolist() == [Status.OK]
+    here, there = np.zeros(size, np.uint8), np.zeros(size, np.uint8)
+    link = endpoint.connect(peer.info(), movers=("ucx",), timeout=10.0)
     peer.stop()
     began = time.monotonic()
+    batch = Batch([here.ctypes.data], [0], size)
     (status,) = link.read(region.region_id, batch, timeout=0.3)
     assert time.monotonic() - began < 0.3 + SLACK
     assert status in (Status.LATE, Status.LOST)
-    assert not link.is_alive, "what was asked for may still come"
-    assert link.read(region.region_id, batch).tolist() == [Status.LOST]
-    assert link.close(), "now it cannot"
     here[:] = 77
     peer.go_on()
-    other = endpoint.connect(peer.info(), movers=("ucx",))
-    there = np.zeros(size, np.uint8)
+    if not link.is_alive:
+        link.close()
+        link = endpoint.connect(peer.info(), movers=("ucx",), timeout=10.0)
     batch = Batch([there.ctypes.data], [0], size)
-    assert other.read(region.region_id, batch).tolist() == [Status.OK]
-    assert (here == 77).all()
-    assert other.close()
+    assert link.read(region.region_id, batch, timeout=10.0).tolist() == [Status.OK]
+    assert (there == pattern(3, size)).all()
+    assert (here == 77).all(), "what came late went nowhere"
+    assert link.close()
+
+
+@pytest.mark.parametrize("one_sided", [True], indirect=True)
+def test_memory_of_a_one_sided_move_is_settled_when_its_link_is_closed(
+    ours: _native.UcxContext, obedient: Obedient
+) -> None:
+    obedient.tell("address")
+    link = ours.connect(bytes.fromhex(obedient.says()), 9, SECRET, 10.0)
+    here = np.ones(32 << 20, np.uint8)
+    assert read(link, 1, here) == Status.OK
+    obedient.process.send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+    assert read(link, 1, here) in (Status.LATE, Status.LOST)
+    assert time.monotonic() - began < TIMEOUT + SLACK
+    assert not link.is_alive(), "what was asked for may still come"
+    assert link.failure()
+    assert read(link, 1, here) == Status.LOST
+    assert link.close(TIMEOUT + SLACK)
+
+
+def test_a_reader_that_is_killed_in_the_middle_takes_nobody_with_it(
+    endpoint: Endpoint, peer: Peer
+) -> None:
+    """UCX's own emulation of a get ends its target's process then."""
+    region = peer.register(32 << 20, seed=5)
+    assert region.region_id == 1
+    info = peer.info()
+    address = msgspec.msgpack.decode(info.movers["ucx"], type=UcxInfo).address
+    code = """
+        import sys
+        import numpy as np
+        from kvstore import _native
+        path, modules, address, epoch, secret = sys.argv[1:]
+        context = _native.UcxContext(path, "tcp", "lo", 1.0, b"s" * 32, 9, modules=modules)
+        link = context.connect(bytes.fromhex(address), int(epoch), bytes.fromhex(secret), 10.0)
+        here = np.zeros(32 << 20, np.uint8)
+        where, zero = np.array([here.ctypes.data], np.uint64), np.zeros(1, np.uint64)
+        print("reading", flush=True)
+        while True:
+            link.read(1, zero, where, np.array([here.nbytes], np.uint64), None, 10.0)
+    """
+    found = library()
+    asked = [address.hex(), str(info.epoch), info.secret.hex()]
+    arguments = [found.path, found.allowed_modules, *asked]
+    for delay in (0.0, 0.01, 0.03):
+        reader = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(code), *arguments],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+        )
+        assert reader.stdout is not None
+        assert reader.stdout.readline() == b"reading\n"
+        killer = threading.Timer(delay, reader.kill)
+        killer.start()
+        killer.join()
+        reader.communicate()
+    here = np.zeros(SIZE, np.uint8)
+    link = endpoint.connect(info, movers=("ucx",), timeout=10.0)
+    batch = Batch([here.ctypes.data], [0], SIZE)
+    assert link.read(1, batch, timeout=10.0).tolist() == [Status.OK]
+    assert link.close()
 
 
 def test_silence_ends_a_move_before_its_own_deadline(endpoint: Endpoint, peer: Peer) -> None:
     region = peer.register(SIZE)
     here = np.zeros(SIZE, np.uint8)
-    link = endpoint.connect(peer.info(), movers=("ucx",))
+    link = endpoint.connect(peer.info(), movers=("ucx",), timeout=10.0)
     peer.stop()
     began = time.monotonic()
     batch = Batch([here.ctypes.data], [0], SIZE)
@@ -290,7 +388,7 @@ def test_a_move_that_is_cancelled_in_time_keeps_its_link(endpoint: Endpoint, pee
     here, there = np.zeros(size, np.uint8), pattern(4, size)
     offsets = np.arange(0, size, 1 << 16, dtype=np.uint64)
     batch = Batch(offsets + np.uint64(here.ctypes.data), offsets, 1 << 16)
-    link = endpoint.connect(peer.info(), movers=("ucx",))
+    link = endpoint.connect(peer.info(), movers=("ucx",), timeout=10.0)
     cancel = _native.CancelFlag()
     cancel.set()
     statuses = link.read(region.region_id, batch, cancel=cancel)
@@ -307,7 +405,7 @@ def test_a_move_that_a_frozen_peer_holds_up_can_be_cancelled(
 ) -> None:
     region = peer.register(SIZE)
     here = np.zeros(SIZE, np.uint8)
-    link = endpoint.connect(peer.info(), movers=("ucx",))
+    link = endpoint.connect(peer.info(), movers=("ucx",), timeout=10.0)
     batch = Batch([here.ctypes.data], [0], SIZE)
     assert link.read(region.region_id, batch).tolist() == [Status.OK]
     peer.stop()
@@ -356,8 +454,8 @@ def test_threads_share_a_link(ours: _native.UcxContext, theirs: _native.UcxConte
     assert link.close(TIMEOUT)
 
 
-def test_closing_a_context_ends_moves_under_way(ours: _native.UcxContext) -> None:
-    """The peer is a context whose thread is busy elsewhere: a frozen process."""
+def test_closing_a_context_ends_moves_under_way() -> None:
+    library()
     frozen = Peer(ONLY_UCX)
     try:
         region = frozen.register(SIZE)
@@ -376,9 +474,7 @@ def test_closing_a_context_ends_moves_under_way(ours: _native.UcxContext) -> Non
         frozen.close()
 
 
-# --- the process
-
-
+@pytest.mark.parametrize("one_sided", [False], indirect=True)
 def test_a_forked_child_is_told_and_does_no_harm(
     ours: _native.UcxContext, theirs: _native.UcxContext
 ) -> None:
@@ -397,200 +493,3 @@ def test_a_forked_child_is_told_and_does_no_harm(
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     assert read(link, 1, here) == Status.OK
     assert (here == there).all()
-
-
-def test_a_process_is_left_as_it_was() -> None:
-    """UCX takes over fatal signals and prints what goes wrong to standard output."""
-    found = library()
-    code = """
-        import sys
-        import numpy as np
-        from kvstore import _native
-        def caught():
-            return [line for line in open("/proc/self/status") if line.startswith(("SigC", "SigI"))]
-        before = caught()
-        path, modules = sys.argv[1:]
-        def make(epoch):
-            return _native.UcxContext(path, "tcp", "lo", 1.0, b"s" * 32, epoch, modules=modules)
-        server, client = make(1), make(2)
-        address = server.address()
-        link = client.connect(address, 1, b"s" * 32, 5.0)
-        server.close()
-        while link.is_alive():
-            pass
-        try:
-            client.connect(address, 1, b"s" * 32, 5.0)
-        except ConnectionError:
-            pass
-        assert caught() == before
-        if sys.stdin.readline() == "close":
-            client.close()
-    """
-    for how in ("close", "leave it open"):
-        done = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(code), found.path, found.allowed_modules],
-            cwd=ROOT,
-            input=how,
-            text=True,
-            capture_output=True,
-            timeout=60,
-            check=False,
-        )
-        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
-# --- libraries
-
-
-OPEN = """
-    import sys
-    from kvstore import _native
-    for path in sys.argv[1:]:
-        try:
-            _native.UcxContext(path, "tcp", "lo", 1.0, b"s" * 32, 1)
-        except RuntimeError as error:
-            print(error)
-"""
-
-
-def test_a_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match=r"/no/libucp.so.0: no such file"):
-        UcxMover(TransportSettings(ucx_library="/no/libucp.so.0"), SECRET, 1)
-    monkeypatch.setenv("KVSTORE_UCX_LIB", "/nowhere/libucp.so")
-    with pytest.raises(ConfigError, match=r"/nowhere/libucp.so: no such file"):
-        UcxMover(TransportSettings(), SECRET, 1)
-    assert [c.origin for c in ucx_library.candidates()] == ["environment"], "and no other is taken"
-    assert ucx_library.probe(ucx_library.candidates()[0]).problem == "no such file"
-
-
-def test_no_library_at_all_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("KVSTORE_UCX_LIB", raising=False)
-    monkeypatch.setattr(ucx_library, "candidates", lambda given: [])
-    with pytest.raises(IncompatibleError, match="libucx-cu12"):
-        UcxMover(TransportSettings(), SECRET, 1)
-
-
-def test_a_library_that_is_none_or_too_old_is_named(tmp_path: Path) -> None:
-    text = tmp_path / "text.so"
-    text.write_text("not a library")
-    paths = [text]
-    compiler = next((c for c in ("/usr/bin/cc", "/usr/bin/gcc") if Path(c).exists()), None)
-    if compiler is not None:
-        for name, source in (
-            ("foreign", "int nothing;"),
-            (
-                "old",
-                "void ucp_get_version(unsigned *a, unsigned *b, unsigned *c)"
-                "{ *a = 1; *b = 12; *c = 3; }",
-            ),
-        ):
-            path = tmp_path / f"{name}.so"
-            command = [compiler, "-shared", "-fPIC", "-xc", "-", "-o", str(path)]
-            subprocess.run(command, input=source, text=True, check=True)
-            paths.append(path)
-    done = run_python(OPEN, *map(str, paths))
-    said = done.stdout.splitlines()
-    assert said[0].startswith(f"{text}: ")
-    assert "file too short" in said[0] or "invalid ELF" in said[0]
-    if compiler is not None:
-        assert said[1] == f"{paths[1]}: not a libucp of 1.13 or later: no ucp_get_version"
-        assert said[2] == f"{paths[2]}: version 1.12.3; needed is 1.13 or a later 1.x"
-
-
-def test_a_process_has_one_library(tmp_path: Path) -> None:
-    real = library().path
-    other = tmp_path / "libucp.so.0"
-    other.write_bytes(b"")
-    done = run_python(OPEN, real, str(other))
-    assert done.stdout == f"{other}: this process already uses {real}\n", done.stderr
-
-
-def test_wrong_settings_are_named() -> None:
-    path = library().path
-    code = """
-        import sys
-        from kvstore import _native
-        for arguments in (("nonsense", "lo"), ("tcp", "no_such_device")):
-            try:
-                _native.UcxContext(sys.argv[1], *arguments, 1.0, b"s" * 32, 1)
-            except RuntimeError as error:
-                print(error)
-    """
-    done = run_python(code, path)
-    for line, wrong in zip(done.stdout.splitlines(), ("nonsense", "no_such_device"), strict=True):
-        assert line.startswith(f"{path}: "), done.stderr
-        assert wrong in line
-
-
-def test_a_found_library_is_probed_in_another_process() -> None:
-    report = ucx_library.probe(library())
-    assert report.problem == ""
-    assert report.version.startswith("1.")
-    assert ("tcp", "lo") in report.transports
-
-
-def test_libraries_are_found_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def touch(path: Path) -> Path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        return path
-
-    system, plain = tmp_path / "system", tmp_path / "plain"
-    site = tmp_path / "site"
-    touch(system / "libucp.so.0")
-    touch(system / "ucx" / "libuct_ib.so.0")
-    touch(plain / "libucp.so.0")
-    nixl = touch(site / "nixl_cu12.libs" / "libucp-1234.so.0.0.0")
-    touch(nixl.parent / "ucx" / "libuct_ib_efa.so.0.0.0")
-    touch(site / "libucx" / "__init__.py")
-    wheel = touch(site / "libucx" / "lib" / "libucp.so.0")
-    monkeypatch.setattr(ucx_library, "_SYSTEM_DIRECTORIES", (str(plain), str(system)))
-    monkeypatch.setattr("sysconfig.get_config_var", lambda name: None)
-    monkeypatch.setattr(sys, "path", [str(site)])
-    monkeypatch.delitem(sys.modules, "libucx", raising=False)
-    monkeypatch.delenv("KVSTORE_UCX_LIB", raising=False)
-    found = ucx_library.candidates()
-    wanted = [system / "libucp.so.0", nixl, wheel, plain / "libucp.so.0"]
-    assert [library.path for library in found] == [str(path) for path in wanted]
-    assert [library.has_verbs for library in found] == [True, False, False, False]
-    assert [library.allowed_modules for library in found] == ["", "^efa", "", ""]
-
-
-# --- devices
-
-
-def rdma(root: Path, device: str, state: str, interface: str) -> None:
-    port = root / device / "ports" / "1"
-    (port / "gid_attrs" / "ndevs").mkdir(parents=True)
-    (port / "state").write_text(f"{state}\n")
-    (port / "gid_attrs" / "ndevs" / "0").write_text(f"{interface}\n")
-
-
-def test_rdma_is_used_where_the_library_and_a_port_that_is_up_have_it(tmp_path: Path) -> None:
-    rdma(tmp_path, "mlx5_0", "4: ACTIVE", "lo")
-    rdma(tmp_path, "mlx5_1", "1: DOWN", "lo")
-    ports = ucx_devices.rdma_ports(tmp_path)
-    assert [port.name for port in ports] == ["mlx5_0:1"]
-
-    def choose(listen: str, tls: str = "", devices: str = "", verbs: bool = True) -> object:
-        return ucx_devices.choose(listen, tls, devices, verbs, ports)
-
-    devices = ucx_devices.UcxDevices
-    assert choose("0.0.0.0") == devices("ib", "mlx5_0:1", True)
-    assert choose("0.0.0.0", verbs=False) == devices("tcp", "", False)
-    assert choose("127.0.0.1:7000") == devices("tcp", "lo", False), "loopback is no network"
-    assert choose("0.0.0.0", "tcp") == devices("tcp", "", False)
-    assert choose("0.0.0.0", "", "mlx5_0:1") == devices("ib", "mlx5_0:1", True)
-    assert choose("0.0.0.0", "", "eth0") == devices("tcp", "eth0", False)
-    assert choose("0.0.0.0", "rc,ud") == devices("rc,ud", "", True)
-    with pytest.raises(ConfigError, match="listen"):
-        choose("203.0.113.77")
-
-
-def test_without_rdma_ucx_is_used_only_when_asked_for() -> None:
-    library()
-    if ucx_devices.rdma_ports():
-        pytest.skip("this machine has RDMA")
-    with Endpoint(TransportSettings()) as endpoint:
-        assert "ucx" not in endpoint.movers
-        assert "no RDMA" in endpoint.unavailable["ucx"]

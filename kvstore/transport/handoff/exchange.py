@@ -8,15 +8,18 @@ A hand-off's pages are its own, whatever the request does, until `take_settled` 
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 
-from kvstore.transport.handoff.messages import Grant, HandoffMessage, Stop
+from kvstore.transport.handoff.messages import Failed, Grant, HandoffMessage, Stop
 from kvstore.transport.handoff.party import Direction, Party
 from kvstore.transport.handoff.receiver import Receiver
 from kvstore.transport.handoff.sender import Sender
+
+log = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.05  # how late a deadline may be noticed
 
@@ -93,7 +96,14 @@ class Incoming:
         with self._changed:
             if not self.is_over:
                 self.failure = reason
+                self._changed.notify_all()
         self._exchange._abandon(self._handoff_id, reason)
+
+    def _fail(self, reason: str) -> None:
+        with self._changed:
+            if not self.is_over:
+                self.failure = reason
+            self._changed.notify_all()
 
     def _publish(self, receiver: Receiver) -> bool:
         """Whether anything is new. From the driving thread."""
@@ -251,31 +261,58 @@ class Exchange:
             else:
                 if call is None:
                     return
-                call()
+                try:
+                    call()
+                except Exception:
+                    log.exception("hand-off: a step failed")
             self._poll()
 
     def _poll(self) -> None:
         is_new = False
-        for handoff_id, sender in list(self._senders.items()):
-            self._send_all(handoff_id, sender.poll())
-            if sender.is_over:
-                del self._senders[handoff_id]
-                self._count_sent(sender)
-                self._settle(handoff_id)
-                is_new = True
-        for handoff_id, (receiver, incoming) in list(self._receivers.items()):
-            self._send_all(handoff_id, receiver.poll())
-            is_new |= incoming._publish(receiver)
-            if handoff_id not in self._counted and (receiver.is_complete or receiver.failure):
-                self._counted.add(handoff_id)
-                self._count_received(receiver)
-            if receiver.is_settled:
-                del self._receivers[handoff_id]
-                self._counted.discard(handoff_id)
-                self._settle(handoff_id)
+        for handoff_id in [*self._senders, *self._receivers]:
+            try:
+                if handoff_id in self._senders:
+                    is_new |= self._poll_sender(handoff_id, self._senders[handoff_id])
+                if handoff_id in self._receivers:
+                    is_new |= self._poll_receiver(handoff_id, *self._receivers[handoff_id])
+            except Exception:
+                log.exception("hand-off %s: a step failed", handoff_id)
+                self._drop(handoff_id)
                 is_new = True
         if is_new:
             self._notify()
+
+    def _poll_sender(self, handoff_id: str, sender: Sender) -> bool:
+        self._send_all(handoff_id, sender.poll())
+        if not sender.is_over:
+            return False
+        del self._senders[handoff_id]
+        self._count_sent(sender)
+        self._settle(handoff_id)
+        return True
+
+    def _poll_receiver(self, handoff_id: str, receiver: Receiver, incoming: Incoming) -> bool:
+        self._send_all(handoff_id, receiver.poll())
+        is_new = incoming._publish(receiver)
+        if handoff_id not in self._counted and (receiver.is_complete or receiver.failure):
+            self._counted.add(handoff_id)
+            self._count_received(receiver)
+        if not receiver.is_settled:
+            return is_new
+        del self._receivers[handoff_id]
+        self._counted.discard(handoff_id)
+        self._settle(handoff_id)
+        return True
+
+    def _drop(self, handoff_id: str) -> None:
+        """What it does is not known any more, so its pages are never settled; others go on."""
+        if self._senders.pop(handoff_id, None) is not None:
+            self._send(handoff_id, Failed("an error in the sender"))
+        found = self._receivers.pop(handoff_id, None)
+        self._counted.discard(handoff_id)
+        if found is not None:
+            found[1]._fail("an error in the receiver")
+            self._send(handoff_id, Stop("an error in the receiver"))
 
     def _deliver(self, handoff_id: str, message: HandoffMessage | None) -> None:
         sender = self._senders.get(handoff_id)

@@ -18,6 +18,8 @@ from typing import TypeAlias
 
 import msgspec
 
+from kvstore.transport.types import Natural
+
 
 class _Message(
     msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, tag_field="kind"
@@ -29,7 +31,7 @@ class WireInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where encoded layers lie: slot i is `slot_bytes` at offset + i * stride of the region."""
 
     codec: str
-    region_id: int
+    region_id: Natural
     offset: int
     stride: int
     slot_bytes: int
@@ -42,8 +44,8 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Both sides have the same number of layers and the same sizes; the rest is each one's own.
     """
 
-    region_id: int
-    stride: int
+    region_id: Natural
+    stride: Natural
     sizes: list[int]
     offsets: list[list[int]]
 

@@ -280,7 +280,7 @@ def test_a_daemon_that_goes_in_mid_load_costs_its_deadline_and_no_request(
 
     with PrivateDaemon(tmp_path, cpu="4MiB", chunk="256KiB") as daemon:
         daemon.start()
-        chosen = settings(daemon.address, timeout=0.2, load_deadline=0.3, threads=1)
+        chosen = settings(daemon.address, timeout=0.6, load_deadline=0.9, threads=1)
         pages = InterruptedPages(rows, interrupt)
         with Worker(chosen, pages={0: pages}) as worker:
             worker.memory[0].rows = rows
