@@ -55,11 +55,12 @@ thread_local int quiet_depth = 0;
 std::mutex log_mutex;
 std::string last_log;  // guarded by log_mutex
 
-constexpr int kLogStop = 0, kLogContinue = 1, kLogLevelWarn = 2;
+constexpr int kLogStop = 0, kLogContinue = 1, kLogLevelFatal = 0, kLogLevelWarn = 2;
 
 int KeepLog(const char *, unsigned, const char *, int level, const void *, const char *format,
             va_list arguments) {
-    if (quiet_depth == 0 || level > kLogLevelWarn) return kLogContinue;
+    // What ends the process is said.
+    if (quiet_depth == 0 || level == kLogLevelFatal || level > kLogLevelWarn) return kLogContinue;
     char text[512];
     va_list copy;
     va_copy(copy, arguments);
