@@ -15,9 +15,11 @@ import pytest
 
 import kvstore
 from kvstore.daemon.service import Service
+from kvstore.peers import flight, holders, session
 from tests.daemon.daemon_support import Daemon, clean_up
 from tests.transport.peers_support import (
     NAMESPACE,
+    SIZE,
     client_of,
     fetched,
     loaded,
@@ -63,6 +65,13 @@ def holder(tmp_path: Path) -> Iterator[Daemon]:
         clean_up(daemon)
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To connect takes seconds here."""
+    for module in (session, holders):
+        monkeypatch.setattr(module, "CALL_SECONDS", SECONDS / 2)
+
+
 @pytest.fixture
 def ours(tmp_path: Path) -> Iterator[Service]:
     with serving(tmp_path, "ours", **rdma_only(tmp_path)) as service:
@@ -81,9 +90,13 @@ def test_bytes_are_exact_and_came_by_rdma(ours: Service, holder: Daemon) -> None
         wait_until(lambda: other.stats()["kvstore_leases"] == 0)
 
 
-def test_a_holder_that_is_killed_costs_a_miss(tmp_path: Path, holder: Daemon) -> None:
+def test_a_holder_that_is_killed_costs_a_miss(
+    tmp_path: Path, holder: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In the middle of a fetch, which a bandwidth makes last. What came before it is exact."""
-    slow = {**rdma_only(tmp_path), "peer_bandwidth": "200KiB"}
+    for name in ("PIECE_BYTES_MIN", "PIECE_BYTES_FIRST", "PIECE_BYTES_MAX"):
+        monkeypatch.setattr(flight, name, 4 * SIZE)
+    slow = {**rdma_only(tmp_path), "peer_bandwidth": "64KiB"}
     with (
         serving(tmp_path, "ours", **slow) as ours,
         client_of(ours) as store,

@@ -66,7 +66,6 @@ def test_ucx_moves_bytes_without_us(guest: Guest, transports: str) -> None:
     )
     assert finished.status == 0, finished.output
     assert "Final:" in finished.output
-    assert "ERROR" not in finished.output
 
 
 def test_two_machines_reach_each_other_by_rdma(pair: tuple[Guest, Guest]) -> None:
