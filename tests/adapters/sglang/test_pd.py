@@ -8,6 +8,7 @@ in bounded time, and serves on with a new one.
 
 from __future__ import annotations
 
+import os
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -109,6 +110,7 @@ def test_requests_together(servers: tuple[Server, Server], model: checkpoint.Che
     assert found == [reference_tokens(model, tokens, NUM_TOKENS) for tokens in prompts]
 
 
+@pytest.mark.skipif("KVSTORE_TEST_LONG" not in os.environ, reason="minutes: KVSTORE_TEST_LONG=1")
 def test_kv_of_gpus_goes_by_the_host(
     servers: tuple[Server, Server], directory: Path, model: checkpoint.Checkpoint
 ) -> None:
@@ -167,6 +169,7 @@ def test_a_decode_server_with_another_secret_is_refused_by_name(
     assert answer.tokens == reference_tokens(model, prompt(4), NUM_TOKENS)
 
 
+@pytest.mark.skipif("KVSTORE_TEST_LONG" not in os.environ, reason="minutes: KVSTORE_TEST_LONG=1")
 def test_servers_that_are_killed_in_a_hand_off_take_one_request_along(
     servers: tuple[Server, Server], directory: Path, model: checkpoint.Checkpoint
 ) -> None:
