@@ -11,7 +11,7 @@ fail() { echo "GUEST-FAILED $*"; poweroff -f; }
 while read -r module; do
   insmod "/modules/$module" || echo "GUEST-MODULE $module was not loaded"
 done </modules/order
-mount -t 9p -o trans=virtio,version=9p2000.L,msize=524288,cache=mmap,ro host /host || fail "no 9p"
+mount -t 9p -o trans=virtio,version=9p2000.L,msize=524288,cache=loose,ro host /host || fail "no 9p"
 mount -t tmpfs -o size=75% tmpfs /overlay || fail "no tmpfs"
 mkdir /overlay/upper /overlay/work
 mount -t overlay -o lowerdir=/host,upperdir=/overlay/upper,workdir=/overlay/work overlay /root ||
